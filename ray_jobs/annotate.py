@@ -1,0 +1,56 @@
+"""Judges every (query, candidate) pair 1–5 after a written analysis, on a pool of LLM actors."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from ray_jobs.job import Job, main
+from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
+from reasonembed.artifacts import Artifact
+from reasonembed.config import AnnotateConfig
+from reasonembed.llm.protocol import Engine
+from reasonembed.remixer.annotate import Annotator, JudgedQuery, plan_pairs
+from reasonembed.run import Run
+from reasonembed.schemas import Status
+
+
+@dataclass(frozen=True)
+class _Make:
+    config: AnnotateConfig
+    run: Run
+    queries: dict[str, JudgedQuery]
+
+    def __call__(self, engine: Engine) -> Mapper:
+        corpus = self.run.corpus_store()
+        return Annotator(self.config, engine=engine, corpus=corpus, queries=self.queries)
+
+
+def judge(
+    job: Job, pairs: pa.Table, artifact: Artifact, queries: dict[str, JudgedQuery], *, label: str
+) -> dict[str, int]:
+    """Commits judgments of `pairs` to `artifact`."""
+    config, runtime = job.run.config.annotate, job.run.config.runtime
+    make = WithEngine(
+        config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run, queries)
+    )
+    pool = runtime.annotate
+    run_planned(job, pairs, artifact, make, pool, label=label, overlap=pool.overlap)
+    return check_share(artifact, config.max_failed_share)
+
+
+def run(job: Job) -> dict[str, int]:
+    """Commits `judgments`."""
+    artifact = job.run.artifact("judgments")
+    job.run.begin("annotate", artifact)
+    candidates = job.run.artifact("candidates").read()
+    pairs = plan_pairs(candidates, limit=job.run.config.annotate.candidates_per_query)
+    queries = {
+        row["query_id"]: JudgedQuery(row["query"], row["task"])
+        for row in job.run.artifact("queries").read().to_pylist()
+        if row["status"] == Status.OK
+    }
+    return judge(job, pairs, artifact, queries, label="annotate")
+
+
+if __name__ == "__main__":
+    main(run, description=__doc__)

@@ -1,0 +1,66 @@
+"""Searches the evaluation collection with BM25, the miner, and the backbone before and after."""
+
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ray_jobs.embed import document_texts, embed, evaluation_texts, matrix
+from ray_jobs.job import Job, main
+from reasonembed.evaluation.metrics import Run as RankedRun
+from reasonembed.evaluation.runs import to_table, write_trec
+from reasonembed.evaluation.scorecard import scorecard
+from reasonembed.evaluation.systems import bm25_run, dense_run, with_duplicates
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Writes `evaluate/`: a run a system, and the figures."""
+    directory = job.run.directory("evaluate")
+    job.run.begin("evaluate", directory)
+    if (finished := directory.finished()) is not None:
+        return finished
+    store, collection = job.run.corpus_store(), job.run.collection
+    collection.check_against(store.doc_ids)
+    runs = _runs(job)
+    for name, ranked in runs.items():
+        pq.write_table(to_table(ranked), job.run.dir / "evaluate" / f"{name}.parquet")
+        write_trec(ranked, job.run.dir / "evaluate" / f"{name}.trec", tag=name)
+    card = scorecard(runs, collection, baseline="before", system="after")
+    directory.finish(card)
+    return {name: f"nDCG@10 {figures['ndcg@10']:.4f}" for name, figures in card["systems"].items()}
+
+
+def _runs(job: Job) -> dict[str, RankedRun]:
+    store, collection, config = job.run.corpus_store(), job.run.collection, job.run.config.evaluate
+    runs: dict[str, RankedRun] = {}
+    if config.bm25:
+        documents = {doc_id: store.text(doc_id) for doc_id in store.doc_ids}
+        runs["bm25"] = bm25_run(
+            collection.queries, documents, excluded=collection.excluded, k=config.top_k
+        )
+    encoders = job.run.encoders
+    for name, label, encoder in (
+        ("miner", "miner", encoders.miner),
+        ("before", "backbone", encoders.backbone),
+        ("after", "trained", encoders.trained),
+    ):
+        documents_table, queries_table = document_texts(job), evaluation_texts(job)
+        doc_ids, doc_vectors_ND = with_duplicates(
+            *matrix(embed(job, label, encoder, "documents", documents_table)),
+            twins=lambda doc_id: store.group_members(store.group(doc_id)),
+        )
+        query_ids, query_vectors_QD = matrix(
+            embed(job, label, encoder, "evaluation", queries_table)
+        )
+        runs[name] = dense_run(
+            query_vectors_QD,
+            doc_vectors_ND,
+            query_ids=query_ids,
+            doc_ids=doc_ids,
+            excluded=collection.excluded,
+            k=config.top_k,
+        )
+    return runs
+
+
+if __name__ == "__main__":
+    main(run, description=__doc__)

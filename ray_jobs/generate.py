@@ -1,0 +1,41 @@
+"""Writes a query from every seed document, on a pool of LLM actors."""
+
+from dataclasses import dataclass
+
+from ray_jobs.job import Job, main
+from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
+from reasonembed.config import GenerateConfig
+from reasonembed.llm.protocol import Engine
+from reasonembed.remixer.generate import QueryGenerator
+from reasonembed.run import Run
+
+
+@dataclass(frozen=True)
+class _Make:
+    config: GenerateConfig
+    run: Run
+
+    def __call__(self, engine: Engine) -> Mapper:
+        return QueryGenerator(self.config, engine=engine, corpus=self.run.corpus_store())
+
+
+def run(job: Job) -> dict[str, int]:
+    """Commits `queries`."""
+    config, runtime = job.run.config.generate, job.run.config.runtime
+    artifact = job.run.artifact("queries")
+    job.run.begin("generate", artifact)
+    make = WithEngine(config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run))
+    run_planned(
+        job,
+        job.run.artifact("seeds").read(),
+        artifact,
+        make,
+        runtime.generate,
+        label="generate",
+        overlap=runtime.generate.overlap,
+    )
+    return check_share(artifact, config.max_failed_share)
+
+
+if __name__ == "__main__":
+    main(run, description=__doc__)

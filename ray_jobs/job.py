@@ -1,0 +1,155 @@
+"""What every job shares: its arguments, its Ray session, its exit codes, and its quiet console."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+# Read by Ray when it is imported; 32 footer actors and usage pings have no place in a small run.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import ray
+from rich.console import Console
+
+from reasonembed.artifacts import locked
+from reasonembed.config import RunConfig, load
+from reasonembed.errors import ConfigError, DriftError, QualityError, ReasonEmbedError
+from reasonembed.progress import Reporter
+from reasonembed.run import Run
+
+EXIT_FAILED, EXIT_CONFIG, EXIT_QUALITY = 1, 2, 3
+_MIN_LOGICAL_CPUS = 4  # fewer starve Ray's own helpers behind a pool that holds them all
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's surroundings: the run, where to speak, and which failed rows to try again."""
+
+    run: Run
+    reporter: Reporter
+    retry: frozenset[str] = frozenset()
+
+
+@contextmanager
+def session(
+    config: RunConfig,
+    *,
+    retry: frozenset[str] = frozenset(),
+    prepare: Callable[[Run], None] | None = None,
+) -> Iterator[Job]:
+    """Locks the run, joins or starts Ray, and keeps Ray's own noise in `logs/ray.log`.
+
+    Args:
+        config: The run's configuration.
+        retry: Statuses of rows that are computed again.
+        prepare: Called with the locked run before Ray starts.
+    """
+    run = Run(config)
+    with locked(run.dir), _quiet(run.dir / "logs" / "ray.log") as console:
+        if prepare:
+            prepare(run)
+        run.save_config()
+        _join_or_start(run)
+        try:
+            yield Job(run, Reporter(console), retry)
+        finally:
+            ray.shutdown()
+
+
+def _join_or_start(run: Run) -> None:
+    environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": environment}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        cpus = run.config.runtime.logical_cpus or max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=run.config.runtime.object_store_bytes,
+            **quiet,
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # A replayed task must give as many blocks as the first time; sampled text differs in length,
+    # so blocks must not be split by size.
+    context.target_max_block_size = None
+    context.execution_options.preserve_order = False
+
+
+@contextmanager
+def _quiet(log: Path) -> Iterator[Console]:
+    """Sends the process's stdout and stderr to a file and yields a console on the real stdout.
+
+    By file descriptor, because most of the noise is written by C++ and by child processes.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    stream = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    with log.open("ab") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield Console(file=stream)
+    except BaseException:
+        traceback.print_exc()  # the whole story goes to the file; the caller shows the short one
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        stream.close()
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message for a person and the exit code: 2 configuration, 3 quality gate, 1 the rest."""
+    known = _known(error)
+    if known is None:
+        return f"{type(error).__name__}: {error}", EXIT_FAILED
+    if isinstance(known, (ConfigError, DriftError)):
+        return str(known), EXIT_CONFIG
+    return str(known), EXIT_QUALITY if isinstance(known, QualityError) else EXIT_FAILED
+
+
+def _known(error: BaseException | None) -> ReasonEmbedError | None:
+    """The first error of ours in a chain of causes (Ray wraps what its workers raise)."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, ReasonEmbedError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+def main(stages: Callable[[Job], None], *, description: str) -> None:
+    """Runs one job from the command line: `--config FILE`, repeated `--set a.b=1`, `--retry`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.KEY=VALUE")
+    parser.add_argument("--retry", default="", metavar="STATUS,...", help="e.g. error,truncated")
+    arguments = parser.parse_args()
+    try:
+        config = load(arguments.config, overrides=arguments.set)
+        retry = frozenset(filter(None, arguments.retry.split(",")))
+        with session(config, retry=retry) as job:
+            stages(job)
+    except Exception as error:  # the process boundary: one message, one exit code
+        message, code = explain(error)
+        sys.stderr.write(f"{message}\n")
+        if code == EXIT_FAILED:
+            sys.stderr.write(traceback.format_exc())
+        sys.exit(code)

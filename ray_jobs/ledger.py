@@ -1,0 +1,171 @@
+"""Planned rows in, committed rows out: the one way in which a stage uses Ray Data.
+
+The driver plans ids, subtracts those that are committed, and cuts the rest into blocks; an actor
+pool maps blocks; each block is committed by the task that writes it. Nothing is shuffled, and the
+only copy of an expensive row is in the object store just as long as one write takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, Datasink
+from ray.data.block import Block, BlockAccessor
+
+from ray_jobs.job import Job
+from reasonembed.artifacts import Artifact
+from reasonembed.config import EngineRuntime, LLMConfig, PoolConfig
+from reasonembed.errors import QualityError
+from reasonembed.llm.protocol import Engine, make_engine
+from reasonembed.schemas import Status
+
+Mapper = Callable[[pa.Table], pa.Table]
+
+
+class LedgerSink(Datasink[list[str]]):
+    """Commits every block to an artifact, from the task that holds it.
+
+    A write task that Ray repeats gets the same part names and replaces its own work; a task of
+    another attempt of the job has another attempt id and never touches it.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact, self._attempt = artifact, uuid.uuid4().hex[:12]
+
+    def write(self, blocks: Iterable[Block], ctx: Any) -> list[str]:
+        """Writes and commits; data first, commit record second."""
+        parts = []
+        for number, block in enumerate(blocks):
+            table = BlockAccessor.for_block(block).to_arrow()
+            if table.num_rows:
+                part = f"{self._attempt}-{ctx.task_idx:06d}-{number:03d}"
+                parts.append(self._artifact.commit(part, table).part)
+        return parts
+
+
+class Worker:
+    """An actor that maps blocks with something that is expensive to build."""
+
+    def __init__(self, *, make: Callable[[], Mapper]) -> None:
+        self._map = make()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """One block in, one block out."""
+        return self._map(block)
+
+
+class OverlappingWorker(Worker):
+    """The same for engines that take several blocks at once."""
+
+    async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
+        """One block in, one block out; other blocks run meanwhile."""
+        yield await asyncio.to_thread(self._map, block)
+
+
+@dataclass(frozen=True)
+class WithEngine:
+    """Builds an LLM stage inside its actor: the engine first, then what uses it."""
+
+    llm: LLMConfig
+    runtime: EngineRuntime
+    cache_dir: str | None
+    make: Callable[[Engine], Mapper]
+
+    def __call__(self) -> Mapper:
+        """Starts the engine; called once in each actor."""
+        return self.make(make_engine(self.llm, self.runtime, cache_dir=self.cache_dir))
+
+
+def run_planned(
+    job: Job,
+    planned: pa.Table,
+    artifact: Artifact,
+    make: Callable[[], Mapper],
+    pool: PoolConfig,
+    *,
+    label: str,
+    overlap: int = 1,
+) -> int:
+    """Computes the rows of `planned` that `artifact` lacks.
+
+    Args:
+        job: Surroundings.
+        planned: Rows with the artifact's key; all of them, those that are done included.
+        artifact: Where rows are committed.
+        make: Builds the mapper inside an actor; must be picklable.
+        pool: Actors and rows in a block.
+        label: For the progress line.
+        overlap: Blocks that an actor takes at once.
+
+    Returns:
+        Number of rows that were computed now.
+    """
+    todo = artifact.missing(planned, retry=job.retry)
+    if not todo.num_rows:
+        return 0
+    blocks = [todo.slice(i, pool.batch_rows) for i in range(0, todo.num_rows, pool.batch_rows)]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        OverlappingWorker if overlap > 1 else Worker,
+        fn_constructor_kwargs={"make": make},
+        batch_size=None,
+        batch_format="pyarrow",
+        # At least 1.75 blocks in flight for each that runs, or Ray never grows the pool.
+        compute=ActorPoolStrategy(
+            min_size=pool.min_actors,
+            max_size=pool.max_actors,
+            max_tasks_in_flight_per_actor=2 * overlap,
+        ),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+        **({"max_concurrency": overlap} if overlap > 1 else {}),
+    )
+    before = planned.num_rows - todo.num_rows
+    counter = CommittedRows(artifact)
+    with job.reporter.watching(
+        label, total=planned.num_rows, done=lambda: before + counter.new(), unit="rows"
+    ):
+        dataset.write_datasink(LedgerSink(artifact))
+    return todo.num_rows
+
+
+class CommittedRows:
+    """Rows committed since it was made."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._before = self._count()
+
+    def new(self) -> int:
+        """Rows committed since then."""
+        return self._count() - self._before
+
+    def _count(self) -> int:
+        return sum(commit.rows for commit in self._artifact.commits())
+
+
+def check_share(artifact: Artifact, limit: float) -> dict[str, int]:
+    """Counts rows by status and fails the stage where too many of them failed.
+
+    Raises:
+        QualityError: The share of rows that are neither ok nor set aside by rule passes `limit`.
+    """
+    counts = artifact.statuses()
+    total = sum(counts.values())
+    failed = total - counts[Status.OK] - counts[Status.FILTERED]
+    if total and failed / total > limit:
+        rows = artifact.read(columns=[*artifact.key, "status", "detail"]).to_pylist()
+        examples = [row for row in rows if row["status"] not in (Status.OK, Status.FILTERED)][:3]
+        raise QualityError(
+            f"{artifact.name}: {failed} of {total} rows failed ({failed / total:.0%}), limit "
+            f"{limit:.0%}: {dict(counts)}\n"
+            + "\n".join(f"  {row}" for row in examples)
+            + "\nNothing is lost: run again with --retry error,truncated,invalid, or raise the "
+            "stage's max_failed_share."
+        )
+    return dict(counts)

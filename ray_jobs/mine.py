@@ -1,0 +1,45 @@
+"""Mines candidates for every query, its source and the source's duplicates shut out."""
+
+import pyarrow.compute as pc
+
+from ray_jobs.embed import matrix
+from ray_jobs.job import Job, main
+from reasonembed.embedder.contract import resolve_contract
+from reasonembed.models import resolve
+from reasonembed.remixer.mine import mine_candidates
+from reasonembed.schemas import Status
+
+
+def run(job: Job) -> dict[str, int]:
+    """Commits `candidates`; the search is exact and takes seconds, so the driver does it."""
+    config = job.run.config.mine
+    artifact = job.run.artifact("candidates")
+    job.run.begin("mine", artifact)
+    queries = job.run.artifact("queries").read()
+    queries = artifact.missing(queries.filter(pc.field("status") == str(Status.OK)))
+    if queries.num_rows:
+        path = resolve(config.encoder.model, cache_dir=job.run.config.runtime.cache_dir)
+        dimension = resolve_contract(path, config.encoder).dimension
+        doc_ids, doc_vectors_ND = matrix(job.run.vectors("miner", "documents", dimension=dimension))
+        ids, vectors_QD = matrix(job.run.vectors("miner", "queries", dimension=dimension))
+        row_of = {id_: row for row, id_ in enumerate(ids)}
+        rows = [row_of[id_] for id_ in queries.column("query_id").to_pylist()]
+        table = mine_candidates(
+            queries,
+            vectors_QD[rows],
+            doc_ids,
+            doc_vectors_ND,
+            corpus=job.run.corpus_store(),
+            config=config,
+        )
+        artifact.commit(f"candidates-{len(artifact.commits()):06d}", table)
+    done = artifact.read()
+    return {
+        "queries": done.num_rows,
+        "candidates": sum(len(ids) for ids in done.column("doc_ids").to_pylist()),
+        "documents shut out": sum(done.column("num_excluded").to_pylist()),
+    }
+
+
+if __name__ == "__main__":
+    main(run, description=__doc__)

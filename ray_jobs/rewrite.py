@@ -1,0 +1,37 @@
+"""Writes the reasoning-augmented query q′ of every query, on a pool of LLM actors."""
+
+from dataclasses import dataclass
+
+import pyarrow.compute as pc
+
+from ray_jobs.job import Job, main
+from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
+from reasonembed.config import RewriteConfig
+from reasonembed.llm.protocol import Engine
+from reasonembed.remixer.rewrite import Rewriter
+from reasonembed.schemas import Status
+
+
+@dataclass(frozen=True)
+class _Make:
+    config: RewriteConfig
+
+    def __call__(self, engine: Engine) -> Mapper:
+        return Rewriter(self.config, engine=engine)
+
+
+def run(job: Job) -> dict[str, int]:
+    """Commits `rewrites`."""
+    config, runtime = job.run.config.rewrite, job.run.config.runtime
+    artifact = job.run.artifact("rewrites")
+    job.run.begin("rewrite", artifact)
+    queries = job.run.artifact("queries").read(columns=["query_id", "query", "task", "status"])
+    planned = queries.filter(pc.field("status") == str(Status.OK)).drop_columns(["status"])
+    make = WithEngine(config.llm, runtime.engine, runtime.cache_dir, _Make(config))
+    pool = runtime.rewrite
+    run_planned(job, planned, artifact, make, pool, label="rewrite", overlap=pool.overlap)
+    return check_share(artifact, config.max_failed_share)
+
+
+if __name__ == "__main__":
+    main(run, description=__doc__)

@@ -1,0 +1,136 @@
+"""Fine-tunes the backbone with Ray Train; a new driver goes on from the last checkpoint."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ray_jobs.job import Job, main
+from reasonembed.config import TrainConfig, TrainRuntime
+from reasonembed.models import resolve
+from reasonembed.redapter.batches import BatchPlan, samples_from_rows
+from reasonembed.redapter.loop import Metrics
+from reasonembed.redapter.loop import train as train_loop
+from reasonembed.run import Run
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """What a training worker gets; small, the samples are read where they are needed."""
+
+    config: TrainConfig
+    runtime: TrainRuntime
+    run: Run
+    steps: int
+
+
+def _worker(payload: dict[str, _Payload]) -> None:
+    work = payload["payload"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    log = TrainLog(work.run.dir / "train" / "log.jsonl") if rank == 0 else None
+
+    def report(metrics: Metrics, checkpoint: Path | None) -> None:
+        if log:
+            log.append(metrics)
+        done = int(metrics["step"]) + 1
+        # A report is a barrier of all workers, so it is made where a checkpoint is, not each step.
+        if done % work.runtime.checkpoint_every == 0 or done == work.steps:
+            saved = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None
+            ray.train.report(metrics, checkpoint=saved)
+
+    def start(resume_from: Path | None) -> None:
+        train_loop(
+            work.config,
+            samples_from_rows(work.run.artifact("samples").read().to_pylist()),
+            weights=resolve(work.config.encoder.model, cache_dir=work.run.config.runtime.cache_dir),
+            runtime=work.runtime,
+            output_dir=Path(tempfile.mkdtemp(prefix="redapter-")),
+            report=report,
+            resume_from=resume_from,
+            rank=rank,
+            world_size=context.get_world_size(),
+        )
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        start(None)
+    else:
+        with checkpoint.as_directory() as folder:
+            start(Path(folder))
+
+
+class TrainLog:
+    """One JSON line a step; after a restart a step may stand twice, and the later line counts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, metrics: Metrics) -> None:
+        """Adds a step."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(metrics) + "\n")
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The log in order of steps."""
+        if not self._path.is_file():
+            return []
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        by_step = {row["step"]: row for row in map(json.loads, lines)}
+        return [by_step[step] for step in sorted(by_step)]
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Writes `train/adapter`."""
+    directory = job.run.directory("train")
+    job.run.begin("train", directory)
+    if (finished := directory.finished()) is not None:
+        return finished
+    config, runtime = job.run.config.train, job.run.config.runtime.train
+    samples = samples_from_rows(job.run.artifact("samples").read().to_pylist())
+    steps = BatchPlan(samples, config).total_steps
+    log = TrainLog(job.run.dir / "train" / "log.jsonl")
+    payload = _Payload(config, runtime, job.run, steps)
+    with job.reporter.watching("train", total=steps, done=lambda: len(log.steps()), unit="steps"):
+        result = _trainer(job, payload).fit()
+    assert result.checkpoint is not None, "training ended without a checkpoint"
+    adapter = job.run.dir / "train" / "adapter"
+    result.checkpoint.to_directory(str(adapter))
+    last = log.steps()[-1]
+    summary = {"samples": len(samples), "steps": steps, "loss": round(last["loss"], 4)}
+    directory.finish(summary)
+    return summary
+
+
+def _trainer(job: Job, payload: _Payload) -> TorchTrainer:
+    runtime = payload.runtime
+    per_worker = {"CPU": runtime.num_cpus} | ({"GPU": 1.0} if runtime.use_gpu else {})
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"payload": payload},
+        torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=runtime.num_workers,
+            use_gpu=runtime.use_gpu,
+            resources_per_worker=per_worker,
+        ),
+        run_config=RunConfig(
+            # The same name in the same place is what lets a new driver go on from the old one's
+            # checkpoints.
+            name="checkpoints",
+            storage_path=str((job.run.dir / "train").absolute()),
+            failure_config=FailureConfig(max_failures=runtime.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main(run, description=__doc__)

@@ -1,0 +1,324 @@
+"""A stage's directory: commits, manifest, resume by anti-join, drift check.
+
+    <artifact>/data/<part>.parquet      immutable; invisible until its commit exists
+    <artifact>/_commits/<part>.json     what the part holds; written after the data is on disk
+    <artifact>/_stage.json              the identity that made it: configuration, prompts, inputs
+
+Exactly once, by construction: readers see committed parts only and take the newest row of a key;
+a stage started again computes planned keys minus committed keys. The order "data, then commit" is
+what makes a kill at any moment harmless.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from reasonembed.config import fingerprint
+from reasonembed.errors import DriftError, SchemaError, StorageError
+from reasonembed.schemas import ARTIFACTS, conform, stable_hash
+
+_KEY_SEPARATOR = "\x1f"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One committed part."""
+
+    part: str
+    rows: int
+    keys_digest: str  # of the sorted keys
+    content_digest: str  # of the Parquet file
+    statuses: dict[str, int]
+    committed_at_ns: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What `_stage.json` holds: which configuration, prompts, models and inputs made this."""
+
+    name: str
+    identity: dict[str, Any]
+    version: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the identity; equal fingerprints mean interchangeable artifacts."""
+        return fingerprint(self.identity)
+
+
+class StageDirectory:
+    """A directory that belongs to one identity; what lies in it is its stage's own business."""
+
+    def __init__(self, uri: str | Path, *, name: str) -> None:
+        self.name, self.uri = name, str(uri)
+        self._fs, self._root = _filesystem(self.uri)
+
+    def begin(self, identity: dict[str, Any], *, version: str = "") -> None:
+        """Claims the directory for `identity`, or checks that it already belongs to it.
+
+        Raises:
+            DriftError: It was made with another identity; the fields that differ are named.
+            StorageError: The directory cannot be written.
+        """
+        stored = self.stage()
+        if stored is None:
+            stage = Stage(name=self.name, identity=identity, version=version)
+            self._write(f"{self._root}/_stage.json", _json(asdict(stage)))
+            return
+        if changes := differences(stored.identity, identity):
+            raise DriftError(
+                f"{self.uri} was made with another configuration:\n"
+                + "\n".join(f"  {change}" for change in changes)
+                + "\nUse another run_dir, restore these values, or discard this stage and those "
+                "after it with --from and --fresh."
+            )
+
+    def stage(self) -> Stage | None:
+        """The identity that made this; None where nothing was begun."""
+        raw = self._read(f"{self._root}/_stage.json")
+        return None if raw is None else Stage(**json.loads(raw))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Marks the stage as done, with what is worth knowing about it (counts, figures)."""
+        self._write(f"{self._root}/_done.json", _json(summary))
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a stage that is done; None while it is not."""
+        raw = self._read(f"{self._root}/_done.json")
+        return None if raw is None else dict(json.loads(raw))
+
+    def discard(self) -> None:
+        """Deletes everything in it, its identity included."""
+        with suppress(FileNotFoundError):
+            self._fs.delete_dir(self._root)
+
+    def _write(self, path: str, data: bytes) -> None:
+        try:
+            self._fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+            if isinstance(self._fs, pafs.LocalFileSystem):
+                _write_durably(Path(path), data)
+            else:  # an object store shows an object only when it is complete
+                with self._fs.open_output_stream(path) as stream:
+                    stream.write(data)
+        except OSError as error:
+            raise StorageError(_say(path, error)) from error
+
+    def _read(self, path: str) -> bytes | None:
+        try:
+            with self._fs.open_input_stream(path) as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+
+
+class Artifact(StageDirectory):
+    """A stage directory of committed Parquet parts with one schema and key."""
+
+    def __init__(
+        self, uri: str | Path, *, schema: pa.Schema, key: tuple[str, ...], name: str
+    ) -> None:
+        super().__init__(uri, name=name)
+        self.schema, self.key = schema, key
+
+    @classmethod
+    def declared(cls, uri: str | Path, kind: str) -> Artifact:
+        """The artifact `kind` of `schemas.ARTIFACTS` at `uri`."""
+        declared = ARTIFACTS[kind]
+        return cls(uri, schema=declared.schema, key=declared.key, name=kind)
+
+    # ---- writing ----------------------------------------------------------------------------
+
+    def commit(self, part: str, table: pa.Table) -> Commit:
+        """Writes one part and then its commit record; committing a part again replaces it.
+
+        Raises:
+            SchemaError: The table does not have the artifact's columns, types or unique keys.
+            StorageError: The disk is full or the directory cannot be written.
+        """
+        table = conform(table, self.schema, where=f"{self.uri} part {part}")
+        keys = self._keys(table)
+        if len(set(keys)) != len(keys):
+            double = [key for key, count in Counter(keys).items() if count > 1]
+            raise SchemaError(f"{self.uri} part {part}: keys occur twice: {double[:3]}")
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        data = sink.getvalue().to_pybytes()
+        self._write(f"{self._root}/data/{part}.parquet", data)
+        statuses = table.column("status").to_pylist() if "status" in table.column_names else []
+        record = Commit(
+            part=part,
+            rows=table.num_rows,
+            keys_digest=stable_hash(*sorted(keys), size=16),
+            content_digest=hashlib.blake2b(data, digest_size=16).hexdigest(),
+            statuses=dict(Counter(statuses)),
+            committed_at_ns=time.time_ns(),
+        )
+        self._write(f"{self._root}/_commits/{part}.json", _json(asdict(record)))
+        return record
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    def commits(self) -> list[Commit]:
+        """All commits, oldest first."""
+        selector = pafs.FileSelector(f"{self._root}/_commits", allow_not_found=True)
+        records = []
+        for info in self._fs.get_file_info(selector):
+            if not info.base_name.startswith(".") and info.base_name.endswith(".json"):
+                raw = self._read(info.path)
+                assert raw is not None, f"{info.path} vanished while it was read"
+                records.append(Commit(**json.loads(raw)))
+        return sorted(records, key=lambda record: (record.committed_at_ns, record.part))
+
+    def read(self, *, columns: list[str] | None = None) -> pa.Table:
+        """Committed rows, the newest of each key, sorted by key.
+
+        Raises:
+            StorageError: A committed part is missing or has lost rows.
+        """
+        wanted = list(dict.fromkeys([*self.key, *(columns or self.schema.names)]))
+        parts = [self._read_part(commit, wanted) for commit in self.commits()]
+        schema = pa.schema([self.schema.field(name) for name in wanted])
+        table = _newest(pa.concat_tables(parts) if parts else schema.empty_table(), self.key)
+        return table.select(columns) if columns else table
+
+    def keys(self, *, retry: Collection[str] = ()) -> set[str]:
+        """Keys that need no computation: committed, and not of a status to be retried."""
+        has_status = "status" in self.schema.names
+        table = self.read(columns=[*self.key, *(["status"] if has_status else [])])
+        if has_status and retry:
+            table = table.filter(
+                pc.invert(pc.is_in(table.column("status"), value_set=pa.array(list(retry))))
+            )
+        return set(self._keys(table))
+
+    def missing(self, planned: pa.Table, *, retry: Collection[str] = ()) -> pa.Table:
+        """The anti-join: rows of `planned` whose key is not committed (or is to be retried)."""
+        done = self.keys(retry=retry)
+        return planned.filter(
+            pa.array([key not in done for key in self._keys(planned)], pa.bool_())
+        )
+
+    def statuses(self) -> Counter[str]:
+        """Rows by status, after the newest row of each key has been taken."""
+        if "status" not in self.schema.names:
+            return Counter({"ok": sum(commit.rows for commit in self.commits())})
+        return Counter(self.read(columns=["status"]).column("status").to_pylist())
+
+    def content(self) -> str:
+        """Hash of everything committed; for stages whose result depends on the whole input."""
+        return stable_hash(*sorted(commit.content_digest for commit in self.commits()), size=16)
+
+    def _keys(self, table: pa.Table) -> list[str]:
+        columns = [table.column(name).to_pylist() for name in self.key]
+        return [_KEY_SEPARATOR.join(parts) for parts in zip(*columns, strict=True)]
+
+    def _read_part(self, commit: Commit, columns: list[str]) -> pa.Table:
+        path = f"{self._root}/data/{commit.part}.parquet"
+        try:
+            table = pq.read_table(path, columns=columns, filesystem=self._fs)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(f"{path} is committed but cannot be read: {error}") from error
+        if table.num_rows != commit.rows:
+            raise StorageError(f"{path}: {table.num_rows} rows, its commit says {commit.rows}")
+        return table
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """One line for each field of two flat identities that differs."""
+    absent = "(absent)"
+    return [
+        f"{field}: made with {stored.get(field, absent)!r}, now {wanted.get(field, absent)!r}"
+        for field in sorted(stored.keys() | wanted.keys())
+        if stored.get(field, absent) != wanted.get(field, absent)
+    ]
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Holds a run directory for one driver; the kernel lets go when the process dies.
+
+    Raises:
+        StorageError: Another driver holds it, or the directory cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise StorageError(_say(str(run_dir), error)) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(f"{run_dir} is in use by another driver; wait or stop it") from error
+        yield
+
+
+def _newest(table: pa.Table, key: tuple[str, ...]) -> pa.Table:
+    position = pa.array(range(table.num_rows), pa.int64())
+    newest = (
+        table.append_column("__row", position).group_by(list(key)).aggregate([("__row", "max")])
+    )
+    order = newest.sort_by([(name, "ascending") for name in key])
+    return table.take(order.column("__row_max"))
+
+
+def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), str(Path(uri).absolute())
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StorageError(
+            f"{uri} is not a storage location that pyarrow.fs knows: {error}"
+        ) from error
+    return filesystem, path
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _say(path: str, error: OSError) -> str:
+    cures = {
+        errno.ENOSPC: "the disk is full; free space and run again, nothing committed is lost",
+        errno.EACCES: "no permission to write here; choose another run_dir",
+        errno.EPERM: "no permission to write here; choose another run_dir",
+        errno.EROFS: "the file system is read-only; choose another run_dir",
+        errno.ENOTDIR: "a part of this path is a file; choose another run_dir",
+        errno.EEXIST: "a part of this path is a file; choose another run_dir",
+    }
+    return f"cannot write {path}: {cures.get(error.errno or 0, str(error))}"
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True).encode()

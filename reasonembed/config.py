@@ -1,0 +1,420 @@
+"""Configuration: one frozen pydantic model a stage, read from YAML, fingerprinted.
+
+Everything outside `runtime:` decides the result and enters fingerprints; `runtime:` says where and
+how many, and never does. Unknown keys are errors that name their path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reasonembed.errors import ConfigError
+from reasonembed.schemas import stable_hash
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """Base of all configuration: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LLMConfig(Strict):
+    """A generative model and the engine that runs it."""
+
+    model: str = Field(description="packaged name, local folder or hub id")
+    engine: Literal["vllm", "openai", "scripted"] = "vllm"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: Positive = 40_960
+    chat_template_kwargs: dict[str, bool | int | str] = Field(default_factory=dict)
+
+
+class SamplingConfig(Strict):
+    """How tokens are drawn; one sample a row."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: int = -1
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    max_tokens: Positive = 2048
+
+
+class EncoderConfig(Strict):
+    """An embedding model and its tokenisation contract; `auto` is resolved from the weights."""
+
+    model: str
+    pooling: Literal["auto", "last", "mean", "cls"] = "auto"
+    append_token: str = Field(
+        "auto", description="`auto`, `none`, or a token such as <|endoftext|>"
+    )
+    query_template: str = "Instruct: {instruction}\nQuery: {query}"
+    max_query_tokens: Positive = 512
+    max_document_tokens: Positive = 512
+    dtype: Literal["bfloat16", "float16", "float32"] = "float32"
+
+
+class CorpusConfig(Strict):
+    """What is read, and as which retrieval task."""
+
+    source: str = Field(description="`python-stdlib`, a Parquet or JSONL file, or a BEIR folder")
+    task: str = "generic"
+    limit: Positive | None = None
+
+
+class LengthBucket(Strict):
+    """A target length of the query in words, and how often it is drawn."""
+
+    min_words: Annotated[int, Field(ge=0)]
+    max_words: Positive
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+PAPER_LENGTHS = tuple(
+    LengthBucket(min_words=low, max_words=high, weight=weight)
+    for low, high, weight in (
+        (20, 100, 1),
+        (100, 200, 2),
+        (200, 300, 3),
+        (300, 400, 3),
+        (400, 500, 2),
+        (500, 700, 1),
+    )
+)
+
+
+class PlanConfig(Strict):
+    """Which documents become seeds, and under which conditions queries are written."""
+
+    max_seeds_per_task: Positive = 10_000
+    min_chars: Annotated[int, Field(ge=0)] = 200
+    max_chars: Positive = 5_000
+    variants: Positive = 1
+    lengths: tuple[LengthBucket, ...] = PAPER_LENGTHS
+    education_levels: dict[str, float] = Field(
+        default_factory=lambda: {"high school": 1.0, "college": 2.0, "phd": 2.0}
+    )
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _ranges(self) -> PlanConfig:
+        if self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars {self.min_chars} > max_chars {self.max_chars}")
+        for bucket in self.lengths:
+            if bucket.min_words > bucket.max_words:
+                raise ValueError(f"length bucket {bucket.min_words}..{bucket.max_words} is empty")
+        if not self.lengths or not self.education_levels:
+            raise ValueError("lengths and education_levels must each hold at least one entry")
+        return self
+
+
+class LLMStageConfig(Strict):
+    """What every stage that asks an LLM has."""
+
+    llm: LLMConfig
+    sampling: SamplingConfig = SamplingConfig()
+    max_document_words: Positive = 4_000
+    max_failed_share: Share = 0.2
+    seed: int = 42
+
+
+class GenerateConfig(LLMStageConfig):
+    """Query synthesis from seed documents."""
+
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_p=0.6, max_tokens=8_192)
+    max_query_chars: Positive = 8_000
+    keep_truncated: bool = Field(
+        False, description="keep a query that reached max_tokens up to its last full sentence"
+    )
+    max_copied_share: Share = Field(
+        0.5, description="largest share of a query's 8-grams that may stand in its source document"
+    )
+
+
+class MineConfig(Strict):
+    """Source-excluded mining with an off-the-shelf retriever."""
+
+    encoder: EncoderConfig
+    top_k: Positive = 100
+
+
+class AnnotateConfig(LLMStageConfig):
+    """Graded relevance after a written analysis in three steps."""
+
+    sampling: SamplingConfig = SamplingConfig(
+        temperature=0.7, top_p=0.95, top_k=40, max_tokens=2_048
+    )
+    label_from: Literal["written", "expected"] = Field(
+        "written",
+        description="`written`: the score that the model writes; `expected`: the mean of 1..5 "
+        "under the probabilities of the score token",
+    )
+    candidates_per_query: Positive = 100
+    audit_queries: Annotated[int, Field(ge=0)] = Field(
+        0, description="evaluation queries whose pairs are judged as well, to measure the annotator"
+    )
+
+
+class RewriteConfig(LLMStageConfig):
+    """The reasoning-augmented query q′, from the query alone."""
+
+    sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=0.95, max_tokens=512)
+    keep_query: bool = True
+
+
+class AssembleConfig(Strict):
+    """How judged candidates become training samples."""
+
+    rule: Literal["threshold", "rank"] = Field(
+        "threshold",
+        description="`threshold`: the paper's rule on the label; `rank`: the best and the worst of "
+        "each query's own candidates by expected label",
+    )
+    positive_min: Annotated[int, Field(ge=1, le=5)] = 3
+    negative_max: Annotated[int, Field(ge=1, le=5)] = 2
+    rank_positives: Positive = 1
+    rank_negatives: Positive = 8
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> AssembleConfig:
+        if self.negative_max >= self.positive_min:
+            raise ValueError(
+                f"negative_max {self.negative_max} must lie below positive_min {self.positive_min}"
+            )
+        return self
+
+
+class LoRAConfig(Strict):
+    """Low-rank adapters on every projection of the decoder."""
+
+    rank: Positive = 32
+    alpha: Positive = 64
+    dropout: Share = 0.1
+
+
+class TrainConfig(Strict):
+    """RI-InfoNCE fine-tuning (arXiv:2510.08252; the released code's values where it is silent)."""
+
+    encoder: EncoderConfig
+    lora: LoRAConfig = LoRAConfig()
+    batch_queries: Positive = Field(
+        64, description="queries in a global step, all workers together"
+    )
+    group_size: Annotated[int, Field(ge=2)] = Field(16, description="1 positive + hard negatives")
+    epochs: Positive = 1
+    max_steps: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup_share: Share = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 0.02
+    intensity_cap: Annotated[float, Field(gt=0)] = Field(5.0, description="κ")
+    intensity_start_step: Annotated[int, Field(ge=0)] = 100
+    intensity_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    mask_false_negatives: bool = False
+    seed: int = 42
+
+
+class EvaluateConfig(Strict):
+    """The collection and what is compared on it."""
+
+    collection: str = Field(
+        "python-stdlib",
+        description="`python-stdlib` or a folder in BEIR form; searched corpus: ours",
+    )
+    top_k: Positive = 1_000
+    bm25: bool = True
+    instruction: str | None = None
+
+
+class ExportConfig(Strict):
+    """What travels with the weights."""
+
+    golden_texts: Positive = 8
+
+
+class PoolConfig(Strict):
+    """A pool of actors. Never enters a fingerprint."""
+
+    min_actors: Positive = 1
+    max_actors: Positive = 1
+    batch_rows: Positive = 32
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    threads: Positive | None = Field(None, description="threads of the maths library, each actor")
+    overlap: Positive = Field(
+        1, description="blocks that an actor of an asynchronous engine takes at once"
+    )
+
+    @model_validator(mode="after")
+    def _grows(self) -> PoolConfig:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors {self.min_actors} > max_actors {self.max_actors}")
+        return self
+
+
+class EngineRuntime(Strict):
+    """How an LLM engine is run; decides speed, not text."""
+
+    mode: Literal["auto", "in_process", "async"] = "auto"
+    max_num_seqs: Positive = 64
+    kv_cache_gib: Positive | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    tensor_parallel_size: Positive = 1
+    enforce_eager: bool = False
+    base_url: str | None = Field(None, description="of an OpenAI-compatible server")
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: Positive = 32
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    log_path: str | None = Field(None, description="scripted engine: where it notes each request")
+
+
+class TrainRuntime(Strict):
+    """Workers of the training stage."""
+
+    num_workers: Positive = 1
+    use_gpu: bool = False
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+    threads: Positive | None = None
+    chunk_texts: Positive = Field(8, description="texts a forward; larger batches are cached")
+    checkpoint_every: Positive = 50
+    max_failures: int = 3
+
+
+class ServeRuntime(Strict):
+    """Where the endpoint listens and how it batches."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8000
+    num_replicas: Positive = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    threads: Positive | None = None
+    max_batch_texts: Positive = 32
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
+
+
+class RuntimeConfig(Strict):
+    """Where and how many; changing anything here changes no result."""
+
+    generate: PoolConfig = PoolConfig()
+    embed: PoolConfig = PoolConfig(batch_rows=256)
+    annotate: PoolConfig = PoolConfig(batch_rows=64)
+    rewrite: PoolConfig = PoolConfig()
+    engine: EngineRuntime = EngineRuntime()
+    train: TrainRuntime = TrainRuntime()
+    serve: ServeRuntime = ServeRuntime()
+    batch_tokens: Positive = Field(8_192, description="padded tokens a forward of the embedder")
+    object_store_bytes: Positive | None = Field(None, description="of a local Ray")
+    logical_cpus: Positive | None = Field(None, description="of a local Ray; default at least 4")
+    cache_dir: str | None = Field(None, description="converted weights; default the user's cache")
+
+
+class RunConfig(Strict):
+    """A whole run: corpus → queries → judgments → samples → model → metrics."""
+
+    run_dir: str
+    corpus: CorpusConfig
+    plan: PlanConfig = PlanConfig()
+    generate: GenerateConfig
+    mine: MineConfig
+    annotate: AnnotateConfig
+    rewrite: RewriteConfig
+    assemble: AssembleConfig = AssembleConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _across_stages(self) -> RunConfig:
+        if self.assemble.rule == "rank" and self.annotate.label_from != "expected":
+            raise ValueError(
+                "assemble.rule 'rank' orders by expected labels, but annotate.label_from is "
+                f"{self.annotate.label_from!r}; set it to 'expected' or use rule 'threshold'"
+            )
+        workers, queries = self.runtime.train.num_workers, self.train.batch_queries
+        if queries % workers:
+            raise ValueError(
+                f"train.batch_queries {queries} does not divide by "
+                f"runtime.train.num_workers {workers}"
+            )
+        return self
+
+
+def load(path: str | Path, *, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a YAML file and applies `a.b=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: The file is missing or not YAML, an override has no `=`, a key is unknown, or
+            a value is out of range; every offending key is listed with its path.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no configuration file at {file}; see configs/ for those that ship")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file} must hold a mapping, it holds {type(data).__name__}")
+    for override in overrides or []:
+        _override(data, override)
+    return parse(data, where=str(file))
+
+
+def parse(data: dict[str, Any], *, where: str) -> RunConfig:
+    """Validates a mapping; see `load` for what is refused."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(part) for part in issue['loc']) or '(whole file)'}: {_say(issue)}"
+            for issue in error.errors()
+        ]
+        raise ConfigError(f"{where}:\n" + "\n".join(lines)) from None
+
+
+def _say(issue: Any) -> str:
+    if issue["type"] == "extra_forbidden":
+        return "unknown key; see docs/configuration.md for the keys that exist"
+    value = issue.get("input")
+    given = "" if isinstance(value, (dict, BaseModel)) or value is None else f" (given: {value!r})"
+    return f"{issue['msg']}{given}"
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set {override!r}: expected KEY.KEY=VALUE")
+    *parents, last = path.split(".")
+    node = data
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def flatten(value: Any, *, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`; lists stay whole. For comparing identities."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if not isinstance(value, dict):
+        return {prefix: value}
+    out: dict[str, Any] = {}
+    for key, child in value.items():
+        out |= flatten(child, prefix=f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Hash of a flat identity (configuration, prompts, weights, inputs); order does not matter."""
+    return stable_hash(yaml.safe_dump(identity, sort_keys=True, allow_unicode=True), size=16)

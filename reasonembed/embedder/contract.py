@@ -1,0 +1,211 @@
+"""The tokenisation contract: everything besides the weights that decides a vector.
+
+Training, mining, evaluation, export and service all take it from here; it is saved as
+`contract.json` beside exported weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from reasonembed.config import EncoderConfig
+from reasonembed.errors import ConfigError, ModelError
+from reasonembed.models import weights_fingerprint
+from reasonembed.schemas import stable_hash
+
+CONTRACT_FILE = "contract.json"
+MIN_TOKENS = 8
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
+
+log = logging.getLogger(__name__)
+
+
+class Pooling(StrEnum):
+    """Which hidden states make the vector."""
+
+    LAST = "last"
+    MEAN = "mean"
+    CLS = "cls"
+
+
+@dataclass(frozen=True)
+class TokenisationContract:
+    """How a text becomes a vector, given the weights.
+
+    Attributes:
+        model: The name that the configuration gave; for people, not part of the fingerprint.
+        weights: `models.weights_fingerprint` of the checkpoint.
+        query_template: Holds `{query}` and, where the model takes one, `{instruction}`; applied
+            to queries only, documents stay bare.
+        append_token_id: The id that ends every text, also a truncated one; None where the
+            tokenizer's own form is kept as it is.
+        pooling: Which hidden states make the vector.
+        max_query_tokens: Length limit of a query, template and special tokens included.
+        max_document_tokens: Length limit of a document, special tokens included.
+        dtype: Of the weights in the forward pass; vectors are float32 in any case.
+        dimension: Length of a vector.
+        normalise: Whether vectors have L2 norm 1.
+    """
+
+    model: str
+    weights: str
+    query_template: str
+    append_token_id: int | None
+    pooling: Pooling
+    max_query_tokens: int
+    max_document_tokens: int
+    dtype: str
+    dimension: int
+    normalise: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping of JSON values; `from_json` reads it back."""
+        return asdict(self) | {"pooling": self.pooling.value}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TokenisationContract:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ModelError: A key is missing or unknown, or the pooling is not known.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(data) != names:
+            raise ModelError(f"{CONTRACT_FILE} holds keys {sorted(data)}, expected {sorted(names)}")
+        try:
+            return cls(**data | {"pooling": Pooling(data["pooling"])})
+        except ValueError as error:
+            raise ModelError(f"{CONTRACT_FILE}: {error}") from error
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides a vector; two names of the same weights agree."""
+        return stable_hash(json.dumps(self.to_json() | {"model": None}, sort_keys=True), size=16)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's fast tokenizer.
+
+    Raises:
+        ModelError: The folder holds no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, use_fast=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} holds no usable tokenizer: {error}") from error
+
+
+def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
+    """Fills in every `auto` from the checkpoint.
+
+    Pooling: what sentence-transformers' `1_Pooling` says, else mean for encoders of the BERT kind
+    and last for decoders. End token (last pooling only): the one that the tokenizer appends, else
+    the first of `<|endoftext|>` (Qwen3-Embedding's choice), `<|end_of_text|>` that the vocabulary
+    holds, else the tokenizer's end-of-sequence token.
+
+    Args:
+        path: Checkpoint folder.
+        config: Encoder section of the configuration.
+
+    Raises:
+        ConfigError: The template lacks `{query}`, a length limit is too small or larger than the
+            model's positions, or the token to append is not one token of the vocabulary.
+        ModelError: The folder is not a checkpoint.
+    """
+    model_config = _read_json(path / "config.json")
+    _check_template(config)
+    _check_lengths(config, limit=model_config.get("max_position_embeddings"))
+    pooling = _resolve_pooling(path, config, model_config)
+    return TokenisationContract(
+        model=config.model,
+        weights=weights_fingerprint(path),
+        query_template=config.query_template,
+        append_token_id=_resolve_end_token(path, config, pooling),
+        pooling=pooling,
+        max_query_tokens=config.max_query_tokens,
+        max_document_tokens=config.max_document_tokens,
+        dtype=config.dtype,
+        dimension=int(model_config["hidden_size"]),
+    )
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {file}: {error}") from error
+
+
+def _check_template(config: EncoderConfig) -> None:
+    if "{query}" not in config.query_template:
+        raise ConfigError(f"encoder.query_template {config.query_template!r} lacks {{query}}")
+
+
+def _check_lengths(config: EncoderConfig, *, limit: int | None) -> None:
+    for name in ("max_query_tokens", "max_document_tokens"):
+        value = getattr(config, name)
+        if value < MIN_TOKENS or (limit is not None and value > limit):
+            raise ConfigError(
+                f"encoder.{name} {value} must lie between {MIN_TOKENS} and the "
+                f"{limit} positions of {config.model}"
+            )
+
+
+def _resolve_pooling(path: Path, config: EncoderConfig, model_config: dict[str, Any]) -> Pooling:
+    if config.pooling != "auto":
+        return Pooling(config.pooling)
+    declared = path / "1_Pooling" / "config.json"
+    if (path / "modules.json").is_file() and declared.is_file():
+        return _declared_pooling(declared)
+    # Decoders are causal: only their last position has seen the whole text.
+    is_decoder = any("CausalLM" in name for name in model_config.get("architectures") or ())
+    is_bert_like = "type_vocab_size" in model_config
+    return Pooling.MEAN if is_bert_like and not is_decoder else Pooling.LAST
+
+
+def _declared_pooling(file: Path) -> Pooling:
+    settings = _read_json(file)
+    mode = settings.get("pooling_mode")  # sentence-transformers >= 5.2; booleans before
+    if mode is None:
+        modes = {"lasttoken": "last", "mean_tokens": "mean", "cls_token": "cls"}
+        mode = next((m for key, m in modes.items() if settings.get(f"pooling_mode_{key}")), None)
+    known = {"lasttoken": Pooling.LAST, "last": Pooling.LAST, "mean": Pooling.MEAN}
+    known["cls"] = Pooling.CLS
+    if mode not in known:
+        raise ModelError(f"{file} declares a pooling other than last, mean or cls: {settings}")
+    return known[mode]
+
+
+def _resolve_end_token(path: Path, config: EncoderConfig, pooling: Pooling) -> int | None:
+    wanted = config.append_token
+    if wanted == "none" or (wanted == "auto" and pooling is not Pooling.LAST):
+        return None
+    tokenizer = load_tokenizer(path)
+    if wanted != "auto":
+        token_id = tokenizer.get_vocab().get(wanted)
+        if token_id is None:
+            raise ConfigError(
+                f"encoder.append_token {wanted!r} is not one token of {config.model}'s vocabulary"
+            )
+        return int(token_id)
+    return _auto_end_token(tokenizer)
+
+
+def _auto_end_token(tokenizer: Any) -> int:
+    last = tokenizer("a")["input_ids"][-1]
+    if last in tokenizer.all_special_ids:
+        return int(last)
+    vocabulary = tokenizer.get_vocab()
+    for token in (*_END_TOKENS, tokenizer.eos_token):
+        if token in vocabulary:
+            return int(vocabulary[token])
+    raise ConfigError(
+        "encoder.append_token: the tokenizer has no end-of-sequence token; name a token to append, "
+        "or `none`"
+    )

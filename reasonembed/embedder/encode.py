@@ -1,0 +1,204 @@
+"""Texts to vectors: the one encoder that mining, evaluation and the service share."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from reasonembed.config import EncoderConfig
+from reasonembed.embedder.contract import (
+    CONTRACT_FILE,
+    TokenisationContract,
+    load_tokenizer,
+    resolve_contract,
+)
+from reasonembed.embedder.golden import verify_golden
+from reasonembed.embedder.pooling import forward
+from reasonembed.embedder.tokenisation import ContractTokenizer, Role, TokenIds
+from reasonembed.errors import ModelError
+from reasonembed.models import quiet_transformers, resolve
+
+log = logging.getLogger(__name__)
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded checkpoint: a transformers model without head, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class EncodeStats:
+    """Work done since the encoder was made.
+
+    Attributes:
+        texts: Texts asked for, duplicates included.
+        computed: Token sequences that went through the model.
+        tokens: Tokens of those, padding not counted.
+        padded_tokens: The same with padding.
+    """
+
+    texts: int = 0
+    computed: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+
+
+def load_backbone(path: Path, *, dtype: str) -> Backbone:
+    """Loads model (evaluation mode, given dtype) and tokenizer from a checkpoint folder.
+
+    Raises:
+        ModelError: transformers cannot load the folder.
+    """
+    from transformers import AutoModel
+
+    try:
+        with quiet_transformers():
+            model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    model.config.use_cache = False  # a key-value cache serves generation only
+    return Backbone(model.eval(), load_tokenizer(path))
+
+
+def budget_batches(lengths: Sequence[int], *, batch_tokens: int) -> Iterator[list[int]]:
+    """Cuts indices into batches of similar length, longest first.
+
+    Longest first, so that a batch that does not fit into memory fails at once. A text longer than
+    the budget is a batch of its own.
+
+    Args:
+        lengths: Tokens of each text.
+        batch_tokens: Largest padded size (texts x longest text) of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+class Embedder:
+    """Embeds queries and documents under a contract.
+
+    Args:
+        source: A checkpoint folder, or what `load_backbone` gave.
+        contract: How texts become vectors.
+        device: Of the model; default CUDA where there is one, else CPU.
+        batch_tokens: Padded tokens a forward pass.
+        threads: Threads of the maths library in this process; default as it is.
+    """
+
+    def __init__(
+        self,
+        source: Path | Backbone,
+        contract: TokenisationContract,
+        *,
+        device: str | None = None,
+        batch_tokens: int = 8_192,
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = load_backbone(source, dtype=contract.dtype) if isinstance(source, Path) else source
+        self.contract = contract
+        self.stats = EncodeStats()
+        self._model = loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._tokenizer = ContractTokenizer(loaded.tokenizer, contract)
+        self._batch_tokens = batch_tokens
+
+    @classmethod
+    def load(
+        cls,
+        config: EncoderConfig,
+        *,
+        cache_dir: str | None = None,
+        device: str | None = None,
+        batch_tokens: int = 8_192,
+        threads: int | None = None,
+    ) -> Embedder:
+        """Finds the weights, resolves the contract and loads both.
+
+        Raises:
+            ModelError: The weights cannot be found or loaded.
+            ConfigError: The configuration does not fit the weights.
+        """
+        path = resolve(config.model, cache_dir=cache_dir)
+        contract = resolve_contract(path, config)
+        return cls(path, contract, device=device, batch_tokens=batch_tokens, threads=threads)
+
+    @classmethod
+    def load_export(
+        cls,
+        directory: Path,
+        *,
+        device: str | None = None,
+        batch_tokens: int = 8_192,
+        threads: int | None = None,
+    ) -> Embedder:
+        """Loads an exported model with the contract that lies beside it, and checks it.
+
+        Raises:
+            ModelError: There is no contract, the folder cannot be loaded, or it does not give the
+                golden token ids and vectors that it was exported with.
+        """
+        file = directory / CONTRACT_FILE
+        if not file.is_file():
+            raise ModelError(f"{directory} is no export: {CONTRACT_FILE} is missing")
+        contract = TokenisationContract.from_json(json.loads(file.read_text(encoding="utf-8")))
+        made = cls(directory, contract, device=device, batch_tokens=batch_tokens, threads=threads)
+        verify_golden(made, directory)
+        return made
+
+    def tokenise(
+        self, texts: Sequence[str], *, role: Role, instruction: str = ""
+    ) -> list[TokenIds]:
+        """Token ids as the model gets them; see `ContractTokenizer.tokenise`."""
+        return self._tokenizer.tokenise(texts, role=role, instruction=instruction)
+
+    def encode_queries(self, texts: Sequence[str], *, instruction: str = "") -> Vectors:
+        """Vectors of queries, float32 [N, D]; the template is applied here."""
+        return self.encode_ids(self.tokenise(texts, role=Role.QUERY, instruction=instruction))
+
+    def encode_documents(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of documents, float32 [N, D]."""
+        return self.encode_ids(self.tokenise(texts, role=Role.DOCUMENT))
+
+    @torch.inference_mode()
+    def encode_ids(self, sequences: Sequence[TokenIds]) -> Vectors:
+        """Vectors of token sequences in the given order, float32 [N, D].
+
+        Equal sequences are computed once, so that they get the identical vector.
+        """
+        unique = list(dict.fromkeys(sequences))
+        lengths = [len(ids) for ids in unique]
+        vectors = np.empty((len(unique), self.contract.dimension), dtype=np.float32)
+        padded = 0
+        for batch in budget_batches(lengths, batch_tokens=self._batch_tokens):
+            found = forward(self._model, self.contract, [unique[i] for i in batch])
+            vectors[batch] = found.cpu().numpy()
+            padded += len(batch) * lengths[batch[0]]
+        self.stats = EncodeStats(
+            texts=self.stats.texts + len(sequences),
+            computed=self.stats.computed + len(unique),
+            tokens=self.stats.tokens + sum(lengths),
+            padded_tokens=self.stats.padded_tokens + padded,
+        )
+        where = {ids: row for row, ids in enumerate(unique)}
+        return vectors[[where[ids] for ids in sequences]]

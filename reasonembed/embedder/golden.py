@@ -1,0 +1,90 @@
+"""Golden token ids and vectors: an export proves at load that it still is what was exported.
+
+A newer tokenizer library, a wrong dtype or a damaged file shows here, not as a silent loss of
+quality.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reasonembed.embedder.contract import TokenisationContract
+from reasonembed.embedder.tokenisation import Role, TokenIds
+from reasonembed.errors import ModelError
+
+GOLDEN_FILE = "golden.json"
+# Another machine or batch changes the last bits: about 1e-7 in float32, 2e-3 in 16 bits.
+_MIN_COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.995}
+
+
+class _Encoder(Protocol):
+    contract: TokenisationContract
+
+    def tokenise(
+        self, texts: Sequence[str], *, role: Role, instruction: str = ""
+    ) -> list[TokenIds]: ...
+
+    def encode_ids(self, sequences: Sequence[TokenIds]) -> NDArray[np.float32]: ...
+
+
+def write_golden(
+    encoder: _Encoder, texts: Sequence[str], *, instruction: str, directory: Path
+) -> None:
+    """Writes `golden.json`: each text as query and as document, its ids and its vector.
+
+    Args:
+        encoder: An `Embedder`.
+        texts: Any texts.
+        instruction: Of the queries.
+        directory: Folder of the export.
+    """
+    rows = []
+    for role in Role:
+        used = instruction if role is Role.QUERY else ""
+        ids = encoder.tokenise(texts, role=role, instruction=used)
+        vectors = encoder.encode_ids(ids)
+        rows += [
+            {
+                "role": role.value,
+                "text": text,
+                "instruction": used,
+                "token_ids": list(tokens),
+                "vector": [float(value) for value in vector],
+            }
+            for text, tokens, vector in zip(texts, ids, vectors, strict=True)
+        ]
+    content = json.dumps(rows, ensure_ascii=False, indent=1)
+    (directory / GOLDEN_FILE).write_text(content, encoding="utf-8")
+
+
+def verify_golden(encoder: _Encoder, directory: Path) -> None:
+    """Checks an encoder against its `golden.json`.
+
+    Raises:
+        ModelError: The file is missing, or a text gives other token ids or another vector.
+    """
+    file = directory / GOLDEN_FILE
+    if not file.is_file():
+        raise ModelError(f"{directory} holds no {GOLDEN_FILE}; export the model again")
+    least = _MIN_COSINE[encoder.contract.dtype]
+    for row in json.loads(file.read_text(encoding="utf-8")):
+        role, text = Role(row["role"]), row["text"]
+        ids = encoder.tokenise([text], role=role, instruction=row["instruction"])
+        if list(ids[0]) != row["token_ids"]:
+            raise ModelError(
+                f"{directory}: {role} {text[:60]!r} gives token ids {list(ids[0])[:8]}..., golden "
+                f"are {row['token_ids'][:8]}...; the tokenizer is not the exported one"
+            )
+        found, golden = encoder.encode_ids(ids)[0], np.asarray(row["vector"], dtype=np.float32)
+        cosine = float(found @ golden / (np.linalg.norm(found) * np.linalg.norm(golden)))
+        if not cosine >= least:  # NaN fails as well
+            raise ModelError(
+                f"{directory}: {role} {text[:60]!r} has cosine {cosine:.6f} to its golden vector, "
+                f"at least {least} is expected; the weights are not the exported ones"
+            )

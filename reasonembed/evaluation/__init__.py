@@ -1,0 +1,1 @@
+"""Collections, runs, metrics and their comparison."""

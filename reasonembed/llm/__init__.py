@@ -1,0 +1,1 @@
+"""LLM engines behind one small protocol: requests in, completions out."""

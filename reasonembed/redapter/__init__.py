@@ -1,0 +1,1 @@
+"""RI-InfoNCE fine-tuning: batches, loss, exact distributed step, loop and export."""

@@ -1,0 +1,306 @@
+"""The training loop: LoRA on a causal backbone under RI-InfoNCE.
+
+Reads the `samples` artifact and a checkpoint; writes adapters. Knows torch.distributed, not who
+started the workers: placement, restarts and storage are the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reasonembed.config import TrainConfig, TrainRuntime, fingerprint, flatten
+from reasonembed.embedder.contract import TokenisationContract, resolve_contract
+from reasonembed.embedder.encode import load_backbone
+from reasonembed.embedder.pooling import forward
+from reasonembed.embedder.tokenisation import ContractTokenizer, Role, TokenIds
+from reasonembed.errors import DriftError, ModelError
+from reasonembed.redapter.batches import BatchPlan, Group, Sample, rank_slice
+from reasonembed.redapter.loss import LossOutput, false_negative_mask, ri_info_nce
+from reasonembed.redapter.step import LocalBatch, contrastive_step
+from reasonembed.schemas import row_seed
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Metrics = dict[str, float]
+Report = Callable[[Metrics, Path | None], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        steps: Steps that the adapter has seen, those before a resume included.
+        adapter_dir: Checkpoint of the last step; only rank 0's path is written to.
+        contract: What the adapter was trained under.
+        metrics: Of the last step; empty if a finished run was resumed.
+    """
+
+    steps: int
+    adapter_dir: Path
+    contract: TokenisationContract
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class _State:
+    model: Any
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    tokenizer: ContractTokenizer
+    contract: TokenisationContract
+
+
+def learning_rate_at(step: int, *, total_steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then linear decay; a function of the step (from 0) alone.
+
+    Differs from the released code by one step: its first step has rate 0 and changes nothing.
+    """
+    warmup = math.ceil(total_steps * config.warmup_share)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
+
+
+def train(
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    *,
+    weights: Path,
+    runtime: TrainRuntime,
+    output_dir: Path,
+    report: Report,
+    resume_from: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainResult:
+    """Fine-tunes adapters; with `world_size` > 1 in each process of an initialised group.
+
+    A resumed run continues bit for bit where the interrupted one would have been (same machine,
+    same number of workers and chunk size): batches, rates and dropout are functions of the step.
+
+    Args:
+        config: What decides the result.
+        samples: All of them, on every worker.
+        weights: Checkpoint of the backbone.
+        runtime: Threads, chunk size, checkpoint interval.
+        output_dir: Receives `checkpoint-<step>` folders, written by rank 0.
+        report: Called once a step on every rank with that step's metrics; the path is given on
+            rank 0 when a checkpoint has been written, else None.
+        resume_from: A checkpoint folder.
+        rank: Of this worker.
+        world_size: Number of workers.
+
+    Raises:
+        ConfigError: Samples or workers do not fit the batch.
+        ModelError: The backbone cannot be loaded or has no projections to adapt, or a loss is not
+            finite.
+        DriftError: The checkpoint is of another configuration, other samples or another number of
+            steps.
+    """
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    plan = BatchPlan(samples, config)
+    state = _prepare(config, weights, use_gpu=runtime.use_gpu)
+    identity = _identity(config, plan, state.contract)
+    start = _resume(state, resume_from, identity=identity) if resume_from else 0
+    total, metrics = plan.total_steps, Metrics()
+    for step in range(start, total):
+        metrics = _one_step(
+            config, plan, state, step=step, runtime=runtime, rank=rank, world_size=world_size
+        )
+        done, checkpoint = step + 1, None
+        if rank == 0 and (done % runtime.checkpoint_every == 0 or done == total):
+            checkpoint = _save(state, output_dir, step=done, identity=identity)
+        report(metrics, checkpoint)
+    final = resume_from if start == total and resume_from else output_dir / f"checkpoint-{total}"
+    return TrainResult(total, final, state.contract, metrics)
+
+
+def _prepare(config: TrainConfig, weights: Path, *, use_gpu: bool) -> _State:
+    contract = resolve_contract(weights, config.encoder)
+    backbone = load_backbone(weights, dtype=contract.dtype)
+    torch.manual_seed(row_seed(config.seed, "adapter"))
+    model = _with_adapter(backbone.model, config).to("cuda" if use_gpu else "cpu").train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    tokenizer = ContractTokenizer(backbone.tokenizer, contract)
+    return _State(model, parameters, optimizer, tokenizer, contract)
+
+
+def _with_adapter(model: Any, config: TrainConfig) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    lora = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(LORA_TARGETS),
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ModelError(f"{config.encoder.model} cannot be adapted: {error}") from error
+
+
+def _one_step(
+    config: TrainConfig,
+    plan: BatchPlan,
+    state: _State,
+    *,
+    step: int,
+    runtime: TrainRuntime,
+    rank: int,
+    world_size: int,
+) -> Metrics:
+    began = time.perf_counter()
+    groups = plan.batch(step)
+    local = _tokenise(rank_slice(groups, rank=rank, world_size=world_size), state.tokenizer)
+    rate = learning_rate_at(step, total_steps=plan.total_steps, config=config)
+    for settings in state.optimizer.param_groups:
+        settings["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+    output = contrastive_step(
+        lambda ids: forward(state.model, state.contract, ids),
+        local,
+        global_loss=_global_loss(config, groups, step=step),
+        parameters=state.parameters,
+        chunk_texts=runtime.chunk_texts,
+        seed=row_seed(config.seed, "dropout", step, rank),
+    )
+    norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
+    if not bool(torch.isfinite(output.loss) & torch.isfinite(norm)):
+        raise ModelError(
+            f"step {step}: loss {float(output.loss)}, gradient norm {float(norm)}; lower "
+            "train.learning_rate or use train.encoder.dtype float32"
+        )
+    state.optimizer.step()
+    seconds = time.perf_counter() - began
+    return step_metrics(output, cap=config.intensity_cap) | {
+        "step": float(step),
+        "learning_rate": rate,
+        "grad_norm": float(norm),
+        "step_s": seconds,
+        "tokens_per_s": local.num_tokens / seconds,
+    }
+
+
+def _tokenise(groups: Sequence[Group], tokenizer: ContractTokenizer) -> LocalBatch:
+    def query_ids(texts: list[str]) -> list[TokenIds]:
+        pairs = zip(groups, texts, strict=True)
+        return [
+            tokenizer.tokenise([text], role=Role.QUERY, instruction=group.sample.instruction)[0]
+            for group, text in pairs
+        ]
+
+    passages = [passage.text for group in groups for passage in group.passages]
+    return LocalBatch(
+        queries=query_ids([group.sample.query for group in groups]),
+        rewritten_queries=query_ids([group.sample.rewritten_query for group in groups]),
+        passages=tokenizer.tokenise(passages, role=Role.DOCUMENT),
+    )
+
+
+def _global_loss(
+    config: TrainConfig, groups: Sequence[Group], *, step: int
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LossOutput]:
+    positives = [row * config.group_size for row in range(len(groups))]
+    mask_BM = None
+    if config.mask_false_negatives:
+        mask_BM = false_negative_mask(
+            [passage.text_hash for group in groups for passage in group.passages],
+            [{passage.text_hash for passage in group.sample.positives} for group in groups],
+            positives,
+        )
+
+    def compute(
+        query_BD: torch.Tensor, rewritten_BD: torch.Tensor, doc_MD: torch.Tensor
+    ) -> LossOutput:
+        return ri_info_nce(
+            query_BD,
+            rewritten_BD,
+            doc_MD,
+            torch.tensor(positives, device=query_BD.device),
+            temperature=config.temperature,
+            cap=config.intensity_cap,
+            epsilon=config.intensity_epsilon,
+            is_weighted=step >= config.intensity_start_step,
+            mask_BM=None if mask_BM is None else mask_BM.to(query_BD.device),
+        )
+
+    return compute
+
+
+def step_metrics(output: LossOutput, *, cap: float) -> Metrics:
+    """What a step says about itself; intensity is computed from step 0, weighted or not.
+
+    Args:
+        output: Of the global batch.
+        cap: κ.
+
+    Returns:
+        `loss`, means of l and l′, minimum, median and maximum of the intensity, the share of
+        samples at the cap, the effective batch size 1/Σw², and the mean rank of the positive.
+    """
+    intensity_B = output.intensity_B
+    values = {
+        "loss": output.loss,
+        "query_loss": output.losses_B.mean(),
+        "rewritten_loss": output.rewritten_losses_B.mean(),
+        "intensity_min": intensity_B.min(),
+        "intensity_median": intensity_B.median(),
+        "intensity_max": intensity_B.max(),
+        "intensity_capped_share": (intensity_B >= cap).float().mean(),
+        "effective_batch_size": 1 / output.weight_B.square().sum(),
+        "positive_rank": output.positive_rank_B.float().mean(),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def _identity(config: TrainConfig, plan: BatchPlan, contract: TokenisationContract) -> str:
+    identity = flatten(config, prefix="train") | {
+        "total_steps": plan.total_steps,
+        "samples": plan.fingerprint,
+        "contract": contract.fingerprint(),
+    }
+    return fingerprint(identity)
+
+
+def _save(state: _State, output_dir: Path, *, step: int, identity: str) -> Path:
+    target = output_dir / f"checkpoint-{step}"
+    scratch = output_dir / f".checkpoint-{step}"
+    # Embeddings are frozen; without the flag peft asks the hub whether they were resized.
+    state.model.save_pretrained(scratch, save_embedding_layers=False)
+    torch.save(
+        {"step": step, "identity": identity, "optimizer": state.optimizer.state_dict()},
+        scratch / "trainer.pt",
+    )
+    if target.exists():  # of a run that was resumed from an earlier step, or of another run
+        shutil.rmtree(target)
+    scratch.rename(target)
+    return target
+
+
+def _resume(state: _State, checkpoint: Path, *, identity: str) -> int:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
+    if saved["identity"] != identity:
+        raise DriftError(
+            f"{checkpoint} was trained with other settings or samples "
+            f"({saved['identity']}, now {identity}); train into a new folder"
+        )
+    adapter = load_file(checkpoint / "adapter_model.safetensors")
+    set_peft_model_state_dict(state.model, adapter)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    return int(saved["step"])

@@ -1,0 +1,83 @@
+"""What all three LLM stages share: prompts as package data, and the fate of each answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from reasonembed.llm.protocol import Completion
+from reasonembed.schemas import Status, stable_hash
+
+_FENCES = (("```", "```"), ('"', '"'), ("“", "”"))
+
+
+@cache
+def prompt_template(name: str) -> Template:
+    """The prompt of a stage: `generate`, `annotate` or `rewrite`."""
+    text = files("reasonembed.remixer").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
+    return Template(text)
+
+
+def prompt_fingerprint(name: str) -> str:
+    """Hash of the prompt's text; part of its stage's identity."""
+    return stable_hash(prompt_template(name).template)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is usable, and why not."""
+
+    status: Status
+    detail: str | None = None
+
+
+def verdict(completion: Completion) -> Verdict:
+    """The verdict that follows from the engine alone, before the text is looked at."""
+    if completion.finish_reason == "error":
+        return Verdict(Status.ERROR, completion.error or "the engine gave no reason")
+    if completion.finish_reason == "length":
+        return Verdict(Status.TRUNCATED, f"cut off after {completion.completion_tokens} tokens")
+    return Verdict(Status.OK)
+
+
+def llm_fields(
+    outcome: Verdict, completion: Completion, *, seed: int, model: str
+) -> dict[str, Any]:
+    """The columns that every LLM stage's rows carry (`schemas`)."""
+    return {
+        "status": str(outcome.status),
+        "detail": outcome.detail,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+        "seed": seed,
+        "model": model,
+    }
+
+
+def clean(text: str) -> str:
+    """The answer proper: without hidden thinking, one pair of quotes or fences, and blanks."""
+    text = text.rpartition("</think>")[2].strip()
+    for left, right in _FENCES:
+        if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right):
+            return text[len(left) : -len(right)].strip()
+    return text
+
+
+def cut_words(text: str, max_words: int) -> str:
+    """The first `max_words` words with their spacing; the whole text where it is shorter."""
+    if len(text.split()) <= max_words:
+        return text
+    rest = text.split(None, max_words)[max_words]
+    return text[: len(text) - len(rest)].rstrip()
+
+
+def last_sentence_end(text: str) -> str:
+    """`text` up to its last full sentence; empty where there is none."""
+    ends = [text.rfind(mark) for mark in (". ", "? ", "! ", ".\n", "?\n", "!\n")]
+    if text.rstrip().endswith((".", "?", "!")):
+        return text.rstrip()
+    return text[: max(ends) + 1] if max(ends) >= 0 else ""

@@ -1,0 +1,68 @@
+"""The reasoning-augmented query q′. Reads `queries`, writes `rewrites`.
+
+Written from the query alone: a rewrite that saw the positives or the source would leak them, and
+reasoning intensity would no longer tell where reasoning helps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from reasonembed import tasks
+from reasonembed.config import RewriteConfig
+from reasonembed.llm.protocol import Completion, Engine, Request
+from reasonembed.remixer.answers import (
+    Verdict,
+    clean,
+    cut_words,
+    last_sentence_end,
+    llm_fields,
+    prompt_template,
+    verdict,
+)
+from reasonembed.schemas import REWRITES, Status, from_rows, row_seed
+
+_WORDS_PER_TOKEN = 0.7  # English prose under byte-pair tokenizers, rounded down
+
+
+class Rewriter:
+    """Writes q′; one row in, one row out."""
+
+    def __init__(self, config: RewriteConfig, *, engine: Engine) -> None:
+        self._config, self._engine = config, engine
+
+    def __call__(self, queries: pa.Table) -> pa.Table:
+        """Maps rows with `query_id`, `query`, `task` to rows of `schemas.REWRITES`."""
+        rows = queries.to_pylist()
+        requests = [self._request(row) for row in rows]
+        answers = self._engine.complete(requests)
+        done = [
+            self._row(row, request, answer)
+            for row, request, answer in zip(rows, requests, answers, strict=True)
+        ]
+        return from_rows(done, REWRITES, where="rewrites")
+
+    def _request(self, row: dict[str, Any]) -> Request:
+        prompt = prompt_template("rewrite").substitute(
+            document_kind=tasks.get(row["task"]).document_kind,
+            max_words=int(self._config.sampling.max_tokens * _WORDS_PER_TOKEN),
+            query=cut_words(row["query"], self._config.max_document_words),
+        )
+        seed = row_seed(self._config.seed, row["query_id"], "rewrite")
+        return Request(row["query_id"], prompt, self._config.sampling, seed)
+
+    def _row(self, row: dict[str, Any], request: Request, answer: Completion) -> dict[str, Any]:
+        reasoning, outcome = clean(answer.text), verdict(answer)
+        if outcome.status == Status.TRUNCATED and last_sentence_end(reasoning):
+            # Reasoning that stops at its budget is whole up to its last sentence.
+            reasoning, outcome = last_sentence_end(reasoning), Verdict(Status.OK, outcome.detail)
+        if outcome.status == Status.OK and not reasoning:
+            outcome = Verdict(Status.INVALID, "the answer is empty")
+        text = f"{row['query']}\n{reasoning}" if self._config.keep_query else reasoning
+        return {
+            "query_id": row["query_id"],
+            "rewritten_query": text if outcome.status == Status.OK else None,
+            **llm_fields(outcome, answer, seed=request.seed, model=self._config.llm.model),
+        }

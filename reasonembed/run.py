@@ -1,0 +1,329 @@
+"""One run: its configuration, where each stage's artifact lies, and what identifies each stage.
+
+Knows nothing of Ray: the command line reads a run with it, the jobs write one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reasonembed import __version__, tasks
+from reasonembed.artifacts import Artifact, StageDirectory, differences
+from reasonembed.config import EncoderConfig, LLMConfig, RunConfig, flatten, parse
+from reasonembed.corpus import PYTHON_STDLIB, CorpusStore
+from reasonembed.errors import ConfigError
+from reasonembed.evaluation.datasets import Collection, load_collection
+from reasonembed.models import resolve, weights_fingerprint
+from reasonembed.remixer.answers import prompt_fingerprint
+from reasonembed.schemas import embeddings, stable_hash
+
+STAGES = (
+    "corpus",
+    "plan",
+    "generate",
+    "embed",
+    "mine",
+    "annotate",
+    "audit",
+    "rewrite",
+    "assemble",
+    "train",
+    "export",
+    "evaluate",
+)
+"""Stages in the order in which they run."""
+
+_KINDS = {
+    "plan": "seeds",
+    "generate": "queries",
+    "mine": "candidates",
+    "annotate": "judgments",
+    "rewrite": "rewrites",
+    "assemble": "samples",
+}
+_NOT_RESULT = ("max_failed_share", "audit_queries")  # gates and extras: they change no row
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The three encoders that a run embeds with."""
+
+    miner: EncoderConfig
+    backbone: EncoderConfig
+    trained: EncoderConfig
+
+
+class Run:
+    """A run directory and the configuration that made, or will make, it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.dir = Path(config.run_dir)
+
+    @classmethod
+    def existing(cls, run_dir: str | Path) -> Run:
+        """The run in a directory, with the configuration that was last used there.
+
+        Raises:
+            ConfigError: The directory holds no run.
+        """
+        file = Path(run_dir) / "config.resolved.yaml"
+        if not file.is_file():
+            raise ConfigError(f"{run_dir} holds no run: there is no {file.name} in it")
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return cls(parse(data | {"run_dir": str(run_dir)}, where=str(file)))
+
+    def save_config(self) -> None:
+        """Writes the resolved configuration beside the artifacts."""
+        text = yaml.safe_dump(
+            self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+        )
+        (self.dir / "config.resolved.yaml").write_text(text, encoding="utf-8")
+
+    # ---- places -----------------------------------------------------------------------------
+
+    def artifact(self, kind: str) -> Artifact:
+        """A declared artifact of this run: `corpus`, `seeds`, `queries`, ... or `audit`."""
+        return Artifact.declared(self.dir / kind, "judgments" if kind == "audit" else kind)
+
+    def vectors(self, encoder: str, content: str, *, dimension: int) -> Artifact:
+        """Vectors of `content` (documents, queries, evaluation) by an encoder of `Encoders`."""
+        schema = embeddings(dimension)
+        name = f"{encoder}-{content}"
+        return Artifact(self.dir / "embeddings" / name, schema=schema, key=("id",), name=name)
+
+    def directory(self, stage: str) -> StageDirectory:
+        """The directory of a stage whose result is not rows: `train`, `export`, `evaluate`."""
+        return StageDirectory(self.dir / stage, name=stage)
+
+    def outputs(self, stage: str) -> list[StageDirectory]:
+        """Everything that a stage writes."""
+        if stage in ("train", "export", "evaluate"):
+            out: list[StageDirectory] = [self.directory(stage)]
+        else:
+            out = [] if stage == "embed" else [self.artifact(_KINDS.get(stage, stage))]
+        for pattern in {"embed": ("miner-*",), "evaluate": ("backbone-*", "trained-*")}.get(
+            stage, ()
+        ):
+            folders = sorted((self.dir / "embeddings").glob(pattern))
+            out += [StageDirectory(folder, name=folder.name) for folder in folders]
+        return out
+
+    def discard_from(self, stage: str) -> None:
+        """Deletes what `stage` and all stages after it have written."""
+        for later in STAGES[STAGES.index(stage) :]:
+            for output in self.outputs(later):
+                output.discard()
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the exported model lies."""
+        return self.dir / "export" / "model"
+
+    # ---- contents ---------------------------------------------------------------------------
+
+    def corpus_store(self) -> CorpusStore:
+        """The committed corpus."""
+        return CorpusStore(self.artifact("corpus").read())
+
+    @cached_property
+    def collection(self) -> Collection:
+        """The evaluation collection."""
+        return load_collection(self.config.evaluate.collection, task=self.config.corpus.task)
+
+    @property
+    def encoders(self) -> Encoders:
+        """Miner, untrained backbone, and the exported model."""
+        trained = self.config.train.encoder.model_copy(update={"model": str(self.model_dir)})
+        return Encoders(self.config.mine.encoder, self.config.train.encoder, trained)
+
+    @property
+    def instruction(self) -> str:
+        """The query instruction of the evaluation."""
+        return self.config.evaluate.instruction or tasks.get(self.config.corpus.task).instruction
+
+    # ---- identities -------------------------------------------------------------------------
+
+    def identity(self, stage: str) -> dict[str, Any]:
+        """What decides a stage's result, flat: configuration, prompts, weights, inputs.
+
+        Everything under `runtime` is left out: where a stage runs changes no row.
+        """
+        return _IDENTITIES[stage](self)
+
+    def begin(self, stage: str, output: StageDirectory) -> None:
+        """Claims a stage's output for the present configuration; see `StageDirectory.begin`."""
+        output.begin(self.identity(stage), version=__version__)
+
+    def encoder_identity(self, encoder: EncoderConfig) -> dict[str, Any]:
+        """What decides the vectors of an encoder."""
+        weights = weights_fingerprint(resolve(encoder.model, cache_dir=self._cache))
+        settings = flatten(encoder.model_copy(update={"model": Path(encoder.model).name}))
+        return {f"encoder.{key}": value for key, value in settings.items()} | {"weights": weights}
+
+    def vectors_input(self, content: str) -> dict[str, Any]:
+        """Identity of the texts behind `vectors`: documents, queries or evaluation."""
+        if content == "evaluation":
+            return {"collection": self.collection.fingerprint()}
+        return self._inputs({"documents": "corpus", "queries": "queries"}[content])
+
+    def stale(self) -> dict[str, list[str]]:
+        """Why stages that exist would not be made the same way today, by stage."""
+        reasons = {}
+        for stage in STAGES:
+            lines = []
+            for output in self.outputs(stage):
+                stored = output.stage()
+                if stored is not None and stage in _IDENTITIES and "-" not in output.name:
+                    lines += differences(stored.identity, self.identity(stage))
+            if lines:
+                reasons[stage] = lines
+        return reasons
+
+    @property
+    def _cache(self) -> str | None:
+        return self.config.runtime.cache_dir
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        settings = flatten(getattr(self.config, name), prefix=name)
+        return {
+            key: value for key, value in settings.items() if key.split(".")[-1] not in _NOT_RESULT
+        }
+
+    def _inputs(self, *kinds: str, content: bool = False) -> dict[str, Any]:
+        """Identity of the inputs; with `content`, of every committed row as well."""
+        found = {}
+        for kind in kinds:
+            artifact = self.artifact(kind)
+            stage = artifact.stage()
+            found[f"input.{kind}"] = stage.fingerprint if stage else "(not made yet)"
+            if content:
+                found[f"input.{kind}.content"] = artifact.content()
+        return found
+
+    def _llm(self, name: str, llm: LLMConfig) -> dict[str, Any]:
+        weights = llm.model
+        if llm.engine == "vllm":
+            weights = weights_fingerprint(resolve(llm.model, cache_dir=self._cache))
+        return {"prompt": prompt_fingerprint(name), "weights": weights}
+
+    # ---- timeline ---------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Notes a stage's wall time and whatever the caller puts in, also when it fails."""
+        note: dict[str, Any] = {"stage": stage, "started": time.time(), "outcome": "failed"}
+        try:
+            yield note
+            note["outcome"] = "done"
+        finally:
+            note["seconds"] = round(time.time() - note["started"], 2)
+            with (self.dir / "timeline.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(note) + "\n")
+
+    def timeline(self) -> list[dict[str, Any]]:
+        """Every attempt of every stage, in order."""
+        file = self.dir / "timeline.jsonl"
+        if not file.is_file():
+            return []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _corpus(run: Run) -> dict[str, Any]:
+    return run._settings("corpus") | {"source.content": _source_digest(run.config.corpus.source)}
+
+
+def _source_digest(source: str) -> str:
+    if source == PYTHON_STDLIB:
+        return f"python {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    path = Path(source)
+    file = path / "corpus.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        return "(missing)"  # the reader says so with the cure
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
+
+
+def _plan(run: Run) -> dict[str, Any]:
+    held_out = stable_hash(*sorted(run.collection.named_documents()))
+    return run._settings("plan") | {"held_out": held_out} | run._inputs("corpus")
+
+
+def _generate(run: Run) -> dict[str, Any]:
+    config = run.config.generate
+    return run._settings("generate") | run._llm("generate", config.llm) | run._inputs("seeds")
+
+
+def _mine(run: Run) -> dict[str, Any]:
+    encoder = run.encoder_identity(run.config.mine.encoder)
+    return run._settings("mine") | encoder | run._inputs("corpus", "queries")
+
+
+def _annotate(run: Run) -> dict[str, Any]:
+    config = run.config.annotate
+    inputs = run._inputs("candidates")
+    return run._settings("annotate") | run._llm("annotate", config.llm) | inputs
+
+
+def _audit(run: Run) -> dict[str, Any]:
+    config = run.config.annotate
+    inputs = {"collection": run.collection.fingerprint()} | run._inputs("corpus")
+    queries = {"audit_queries": config.audit_queries}
+    return run._settings("annotate") | run._llm("annotate", config.llm) | inputs | queries
+
+
+def _rewrite(run: Run) -> dict[str, Any]:
+    config = run.config.rewrite
+    return run._settings("rewrite") | run._llm("rewrite", config.llm) | run._inputs("queries")
+
+
+def _assemble(run: Run) -> dict[str, Any]:
+    inputs = run._inputs("queries", "judgments", "rewrites", content=True)
+    return run._settings("assemble") | inputs
+
+
+def _train(run: Run) -> dict[str, Any]:
+    encoder = run.encoder_identity(run.config.train.encoder)
+    return run._settings("train") | encoder | run._inputs("samples", content=True)
+
+
+def _export(run: Run) -> dict[str, Any]:
+    trained = run.directory("train").stage()
+    made = trained.fingerprint if trained else "(not made yet)"
+    return run._settings("export") | {"input.train": made, "instruction": run.instruction}
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    exported = run.directory("export").stage()
+    made = exported.fingerprint if exported else "(not made yet)"
+    return (
+        run._settings("evaluate")
+        | {"input.export": made, "collection": run.collection.fingerprint()}
+        | run._inputs("corpus")
+    )
+
+
+_IDENTITIES: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "corpus": _corpus,
+    "plan": _plan,
+    "generate": _generate,
+    "mine": _mine,
+    "annotate": _annotate,
+    "audit": _audit,
+    "rewrite": _rewrite,
+    "assemble": _assemble,
+    "train": _train,
+    "export": _export,
+    "evaluate": _evaluate,
+}

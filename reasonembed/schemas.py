@@ -1,0 +1,212 @@
+"""The Arrow schema of every hand-off, in pipeline order; the place to start reading.
+
+Between any two stages lies Parquet with one of these schemas. Ids are strings, deterministic, and
+exist before a model runs, so that every stage is "planned ids minus committed ids". A failed row is
+a row: `status` tells what happened, `detail` why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import StrEnum
+
+import pyarrow as pa
+
+from reasonembed.errors import SchemaError
+
+
+class Status(StrEnum):
+    """What became of a row that a model was asked for."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"  # the model reached its token limit
+    INVALID = "invalid"  # the answer has not the form that was asked for
+    ERROR = "error"  # the engine refused or failed
+    FILTERED = "filtered"  # a stated rule set the row aside
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+_LLM_FIELDS = [
+    _required("status", pa.string()),
+    pa.field("detail", pa.string()),  # why the status is not ok
+    pa.field("finish_reason", pa.string()),  # as the engine gave it: stop, length, ...
+    _required("prompt_tokens", pa.int32()),
+    _required("completion_tokens", pa.int32()),
+    _required("seed", pa.int64()),
+    _required("model", pa.string()),
+]
+
+CORPUS = pa.schema(
+    [
+        _required("doc_id", pa.string()),
+        _required("text", pa.string()),
+        _required("title", pa.string()),
+        _required("task", pa.string()),
+        pa.field("parent_id", pa.string()),  # the long document that a passage was cut from
+        _required("text_hash", pa.string()),  # of the whitespace-normalised text
+        _required("group_id", pa.string()),  # documents with equal text share a group
+    ]
+)
+SEEDS = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        _required("source_doc_id", pa.string()),
+        _required("task", pa.string()),
+        _required("min_words", pa.int32()),
+        _required("max_words", pa.int32()),
+        _required("education_level", pa.string()),
+        _required("seed", pa.int64()),
+    ]
+)
+QUERIES = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        pa.field("query", pa.string()),  # null unless status is ok
+        _required("source_doc_id", pa.string()),
+        _required("task", pa.string()),
+        *_LLM_FIELDS,
+    ]
+)
+CANDIDATES = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        _required("source_doc_id", pa.string()),
+        _required("task", pa.string()),
+        _required("retriever", pa.string()),
+        _required("doc_ids", pa.list_(pa.string())),  # best first
+        _required("scores", pa.list_(pa.float32())),
+        _required("num_excluded", pa.int32()),  # documents shut out before the cut
+    ]
+)
+JUDGMENTS = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        _required("doc_id", pa.string()),
+        pa.field("relevance_label", pa.int8()),  # 1..5, null where the answer holds none
+        pa.field(
+            "expected_label", pa.float32()
+        ),  # mean of 1..5 under the score token, if asked for
+        pa.field("confidence", pa.float32()),  # probability of the label under the score token
+        pa.field("analysis", pa.string()),  # the trajectory, as written
+        *_LLM_FIELDS,
+    ]
+)
+REWRITES = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        pa.field("rewritten_query", pa.string()),  # null unless status is ok
+        *_LLM_FIELDS,
+    ]
+)
+_LABELLED = pa.list_(
+    pa.struct(
+        [
+            _required("doc_id", pa.string()),
+            _required("text", pa.string()),
+            pa.field("label", pa.float32()),
+            _required("text_hash", pa.string()),
+        ]
+    )
+)
+SAMPLES = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        _required("task", pa.string()),
+        _required("instruction", pa.string()),
+        _required("query", pa.string()),
+        _required("rewritten_query", pa.string()),
+        _required("positives", _LABELLED),
+        _required("negatives", _LABELLED),
+        _required("source_doc_id", pa.string()),
+    ]
+)
+RUNS = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        _required("doc_ids", pa.list_(pa.string())),
+        _required("scores", pa.list_(pa.float32())),
+    ]
+)
+
+
+def embeddings(dimension: int, *, dtype: str = "float32") -> pa.Schema:
+    """Schema of `embeddings`: one vector an id.
+
+    Args:
+        dimension: Length of every vector.
+        dtype: `float32` or `float16`.
+    """
+    value = pa.float16() if dtype == "float16" else pa.float32()
+    return pa.schema(
+        [_required("id", pa.string()), _required("vector", pa.list_(value, dimension))]
+    )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What one hand-off is: its columns and the columns that identify a row."""
+
+    schema: pa.Schema
+    key: tuple[str, ...]
+
+
+ARTIFACTS: dict[str, Artifact] = {
+    "corpus": Artifact(CORPUS, ("doc_id",)),
+    "seeds": Artifact(SEEDS, ("query_id",)),
+    "queries": Artifact(QUERIES, ("query_id",)),
+    "candidates": Artifact(CANDIDATES, ("query_id",)),
+    "judgments": Artifact(JUDGMENTS, ("query_id", "doc_id")),
+    "rewrites": Artifact(REWRITES, ("query_id",)),
+    "samples": Artifact(SAMPLES, ("query_id",)),
+    "runs": Artifact(RUNS, ("query_id",)),
+}
+
+
+def conform(table: pa.Table, schema: pa.Schema, *, where: str) -> pa.Table:
+    """Returns `table` with exactly the declared columns, order and types.
+
+    Args:
+        table: Any table that holds the declared columns.
+        schema: One of this module's schemas.
+        where: What is being read or written, for the message.
+
+    Raises:
+        SchemaError: A column is missing or unknown, a type cannot be cast without loss, or a
+            column that must not be null holds a null.
+    """
+    missing = [name for name in schema.names if name not in table.column_names]
+    unknown = [name for name in table.column_names if name not in schema.names]
+    if missing or unknown:
+        raise SchemaError(f"{where}: missing columns {missing}, unknown columns {unknown}")
+    table = table.select(schema.names)
+    for field in schema:
+        nulls = table.column(field.name).null_count
+        if nulls and not field.nullable:
+            raise SchemaError(f"{where}: column {field.name!r} holds {nulls} null values")
+    try:
+        return table.cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise SchemaError(f"{where}: {error}; declared as {schema}") from error
+
+
+def from_rows(rows: list[dict[str, object]], schema: pa.Schema, *, where: str) -> pa.Table:
+    """A checked table from row dictionaries; see `conform` for what is refused."""
+    try:
+        return conform(pa.Table.from_pylist(rows, schema=schema), schema, where=where)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SchemaError(f"{where}: {error}") from error
+
+
+def stable_hash(*parts: object, size: int = 8) -> str:
+    """Hex blake2b of the parts; the same on every machine and Python (ids, seeds, fingerprints)."""
+    joined = "\x1f".join(str(part) for part in parts)
+    return hashlib.blake2b(joined.encode(), digest_size=size).hexdigest()
+
+
+def row_seed(run_seed: int, *parts: object) -> int:
+    """A seed in [0, 2**31) that depends on the row alone, never on order or threads."""
+    return int(stable_hash(run_seed, *parts, size=4), 16) >> 1

@@ -1,0 +1,1 @@
+"""The HTTP service: a FastAPI app that knows neither Ray nor torch."""

