@@ -21,12 +21,11 @@ import ray
 from rich.console import Console
 
 from reasonembed.artifacts import locked
-from reasonembed.config import RunConfig, load
-from reasonembed.errors import ConfigError, DriftError, QualityError, ReasonEmbedError
+from reasonembed.config import RunConfig, RuntimeConfig, load
+from reasonembed.errors import explain, is_expected
 from reasonembed.progress import Reporter
 from reasonembed.run import Run
 
-EXIT_FAILED, EXIT_CONFIG, EXIT_QUALITY = 1, 2, 3
 _MIN_LOGICAL_CPUS = 4  # fewer starve Ray's own helpers behind a pool that holds them all
 
 
@@ -58,25 +57,26 @@ def session(
         if prepare:
             prepare(run)
         run.save_config()
-        _join_or_start(run)
+        join_or_start(run.config.runtime)
         try:
             yield Job(run, Reporter(console), retry)
         finally:
             ray.shutdown()
 
 
-def _join_or_start(run: Run) -> None:
+def join_or_start(runtime: RuntimeConfig) -> None:
+    """Joins the cluster that RAY_ADDRESS names, or starts a private one on this machine."""
     environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": environment}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        cpus = run.config.runtime.logical_cpus or max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+        cpus = runtime.logical_cpus or max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
         ray.init(
             address="local",
             num_cpus=cpus,
             include_dashboard=False,
-            object_store_memory=run.config.runtime.object_store_bytes,
+            object_store_memory=runtime.object_store_bytes,
             **quiet,
         )
     context = ray.data.DataContext.get_current()
@@ -114,27 +114,6 @@ def _quiet(log: Path) -> Iterator[Console]:
         stream.close()
 
 
-def explain(error: BaseException) -> tuple[str, int]:
-    """The message for a person and the exit code: 2 configuration, 3 quality gate, 1 the rest."""
-    known = _known(error)
-    if known is None:
-        return f"{type(error).__name__}: {error}", EXIT_FAILED
-    if isinstance(known, (ConfigError, DriftError)):
-        return str(known), EXIT_CONFIG
-    return str(known), EXIT_QUALITY if isinstance(known, QualityError) else EXIT_FAILED
-
-
-def _known(error: BaseException | None) -> ReasonEmbedError | None:
-    """The first error of ours in a chain of causes (Ray wraps what its workers raise)."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, ReasonEmbedError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
-    return None
-
-
 def main(stages: Callable[[Job], None], *, description: str) -> None:
     """Runs one job from the command line: `--config FILE`, repeated `--set a.b=1`, `--retry`."""
     parser = argparse.ArgumentParser(description=description)
@@ -150,6 +129,6 @@ def main(stages: Callable[[Job], None], *, description: str) -> None:
     except Exception as error:  # the process boundary: one message, one exit code
         message, code = explain(error)
         sys.stderr.write(f"{message}\n")
-        if code == EXIT_FAILED:
+        if not is_expected(error):
             sys.stderr.write(traceback.format_exc())
         sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from reasonembed.config import ServeRuntime
+from ray_jobs.job import join_or_start
+from reasonembed import tasks
+from reasonembed.config import RuntimeConfig, ServeRuntime
+from reasonembed.embedder.contract import CONTRACT_FILE
+from reasonembed.errors import ModelError
+from reasonembed.run import Run
 from reasonembed.serving.app import create_app
 from reasonembed.serving.backend import EmbedderBackend
 from reasonembed.serving.batching import MicroBatcher
@@ -63,11 +69,45 @@ def start(model_dir: Path, *, name: str, instruction: str, runtime: ServeRuntime
     return f"http://{runtime.host}:{runtime.port}"
 
 
-def wait_for_signal() -> None:
-    """Blocks until SIGINT or SIGTERM, then takes the service down."""
+def serve_model(
+    target: Path, *, host: str | None, port: int | None, say: Callable[[str], None]
+) -> None:
+    """Serves a run's exported model, or an export, until SIGINT or SIGTERM.
+
+    Raises:
+        ModelError: There is no exported model.
+    """
+    model_dir, name, instruction, runtime = _target(target)
+    chosen = runtime.model_copy(update={"host": host or runtime.host, "port": port or runtime.port})
+    join_or_start(RuntimeConfig())
+    try:
+        url = start(model_dir, name=name, instruction=instruction, runtime=chosen)
+        say(f"{name} at {url} - try:")
+        say(
+            f"  curl {url}/v1/embeddings -H 'Content-Type: application/json' "
+            f"""-d '{{"input": "why is my list shared?", "input_type": "query"}}'"""
+        )
+        say("Ctrl-C ends it.")
+        _wait_for_signal()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _target(target: Path) -> tuple[Path, str, str, ServeRuntime]:
+    """Model folder, served name, query instruction and settings of a run or an export."""
+    if (target / "config.resolved.yaml").is_file():
+        run = Run.existing(target)
+        if not run.model_dir.is_dir():
+            raise ModelError(f"{target} has no exported model yet; run it to the stage `export`")
+        return run.model_dir, run.dir.name, run.instruction, run.config.runtime.serve
+    if not (target / CONTRACT_FILE).is_file():
+        raise ModelError(f"{target} is neither a run nor an exported model")
+    return target, target.name, tasks.get("generic").instruction, ServeRuntime()
+
+
+def _wait_for_signal() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
-    serve.shutdown()
-    ray.shutdown()

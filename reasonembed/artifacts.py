@@ -19,7 +19,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from reasonembed.errors import DriftError, SchemaError, StorageError
 from reasonembed.schemas import ARTIFACTS, conform, stable_hash
 
 _KEY_SEPARATOR = "\x1f"
+_STAGE = "_stage.json"
+_BLOCK_BYTES = 2**30  # half of what 32-bit offsets reach, for rows are not all of one length
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class StageDirectory:
         stored = self.stage()
         if stored is None:
             stage = Stage(name=self.name, identity=identity, version=version)
-            self._write(f"{self._root}/_stage.json", _json(asdict(stage)))
+            self._write(f"{self._root}/{_STAGE}", _json(asdict(stage)))
             return
         if changes := differences(stored.identity, identity):
             raise DriftError(
@@ -91,8 +93,8 @@ class StageDirectory:
 
     def stage(self) -> Stage | None:
         """The identity that made this; None where nothing was begun."""
-        raw = self._read(f"{self._root}/_stage.json")
-        return None if raw is None else Stage(**json.loads(raw))
+        raw = self._record(f"{self._root}/{_STAGE}")
+        return None if raw is None else Stage(**raw)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the stage as done, with what is worth knowing about it (counts, figures)."""
@@ -100,13 +102,28 @@ class StageDirectory:
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a stage that is done; None while it is not."""
-        raw = self._read(f"{self._root}/_done.json")
-        return None if raw is None else dict(json.loads(raw))
+        return self._record(f"{self._root}/_done.json")
 
     def discard(self) -> None:
-        """Deletes everything in it, its identity included."""
-        with suppress(FileNotFoundError):
-            self._fs.delete_dir(self._root)
+        """Deletes everything in it: the commits first, the identity last.
+
+        Killed half way, it leaves a directory that still belongs to its old identity, so that none
+        of the rows left over can pass for rows of a new one.
+
+        Raises:
+            StorageError: Something in it cannot be deleted.
+        """
+        try:
+            found = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
+            for info in sorted(found, key=lambda info: (info.base_name == _STAGE, info.base_name)):
+                if info.type == pafs.FileType.Directory:
+                    self._fs.delete_dir(info.path)
+                else:
+                    self._fs.delete_file(info.path)
+            if found:
+                self._fs.delete_dir(self._root)
+        except OSError as error:
+            raise StorageError(_say(self.uri, error, doing="delete")) from error
 
     def _write(self, path: str, data: bytes) -> None:
         try:
@@ -125,6 +142,18 @@ class StageDirectory:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise StorageError(_say(path, error, doing="read")) from error
+
+    def _record(self, path: str) -> dict[str, Any] | None:
+        """A JSON object; None where there is no such file."""
+        raw = self._read(path)
+        try:
+            return None if raw is None else dict(json.loads(raw))
+        except ValueError as error:
+            raise StorageError(
+                f"{path} is damaged ({error}); put it back, or discard this stage"
+            ) from error
 
 
 class Artifact(StageDirectory):
@@ -180,9 +209,9 @@ class Artifact(StageDirectory):
         records = []
         for info in self._fs.get_file_info(selector):
             if not info.base_name.startswith(".") and info.base_name.endswith(".json"):
-                raw = self._read(info.path)
-                assert raw is not None, f"{info.path} vanished while it was read"
-                records.append(Commit(**json.loads(raw)))
+                record = self._record(info.path)
+                assert record is not None, f"{info.path} vanished while it was read"
+                records.append(Commit(**record))
         return sorted(records, key=lambda record: (record.committed_at_ns, record.part))
 
     def read(self, *, columns: list[str] | None = None) -> pa.Table:
@@ -217,7 +246,7 @@ class Artifact(StageDirectory):
     def statuses(self) -> Counter[str]:
         """Rows by status, after the newest row of each key has been taken."""
         if "status" not in self.schema.names:
-            return Counter({"ok": sum(commit.rows for commit in self.commits())})
+            return Counter({"ok": len(self.keys())})
         return Counter(self.read(columns=["status"]).column("status").to_pylist())
 
     def content(self) -> str:
@@ -275,7 +304,28 @@ def _newest(table: pa.Table, key: tuple[str, ...]) -> pa.Table:
         table.append_column("__row", position).group_by(list(key)).aggregate([("__row", "max")])
     )
     order = newest.sort_by([(name, "ascending") for name in key])
-    return table.take(order.column("__row_max"))
+    return _take(table, order.column("__row_max"))
+
+
+def _take(table: pa.Table, rows: pa.ChunkedArray) -> pa.Table:
+    """Rows of a table of any size; `Table.take` fails once a column holds 2 GiB of strings."""
+    wide = table.cast(
+        pa.schema([field.with_type(_wide(field.type)) for field in table.schema])
+    ).combine_chunks()
+    step = max(1, _BLOCK_BYTES * table.num_rows // max(1, table.nbytes))
+    starts = range(0, max(1, len(rows)), step)
+    return pa.concat_tables(wide.take(rows.slice(i, step)).cast(table.schema) for i in starts)
+
+
+def _wide(kind: pa.DataType) -> pa.DataType:
+    """The same type with 64-bit offsets."""
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind):
+        return pa.large_list(kind.value_field.with_type(_wide(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_wide(field.type)) for field in kind])
+    return kind
 
 
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -298,7 +348,7 @@ def _write_durably(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:  # an interrupt, too, leaves nothing behind
         temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
@@ -308,16 +358,16 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
-def _say(path: str, error: OSError) -> str:
+def _say(path: str, error: OSError, *, doing: str = "write") -> str:
     cures = {
         errno.ENOSPC: "the disk is full; free space and run again, nothing committed is lost",
-        errno.EACCES: "no permission to write here; choose another run_dir",
-        errno.EPERM: "no permission to write here; choose another run_dir",
+        errno.EACCES: f"no permission to {doing} here; choose another run_dir",
+        errno.EPERM: f"no permission to {doing} here; choose another run_dir",
         errno.EROFS: "the file system is read-only; choose another run_dir",
         errno.ENOTDIR: "a part of this path is a file; choose another run_dir",
         errno.EEXIST: "a part of this path is a file; choose another run_dir",
     }
-    return f"cannot write {path}: {cures.get(error.errno or 0, str(error))}"
+    return f"cannot {doing} {path}: {cures.get(error.errno or 0, str(error))}"
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from reasonembed import tasks
 from reasonembed.errors import ConfigError
 from reasonembed.schemas import stable_hash
 
@@ -22,7 +23,20 @@ Positive = Annotated[int, Field(gt=0)]
 class Strict(BaseModel):
     """Base of all configuration: immutable, and a misspelt key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, data: Any) -> Any:
+        """A section given in part keeps the rest of its own default, not of its type's."""
+        if not isinstance(data, dict):
+            return data
+        kept = {
+            name: field.default.model_dump() | data[name]
+            for name, field in cls.model_fields.items()
+            if isinstance(field.default, Strict) and isinstance(data.get(name), dict)
+        }
+        return data | kept
 
 
 class LLMConfig(Strict):
@@ -40,7 +54,7 @@ class SamplingConfig(Strict):
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: int = -1
+    top_k: Annotated[int, Field(ge=-1)] = -1
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     max_tokens: Positive = 2048
 
@@ -49,6 +63,9 @@ class EncoderConfig(Strict):
     """An embedding model and its tokenisation contract; `auto` is resolved from the weights."""
 
     model: str
+    layers: Positive | None = Field(
+        None, description="first layers of a decoder that are used; default all"
+    )
     pooling: Literal["auto", "last", "mean", "cls"] = "auto"
     append_token: str = Field(
         "auto", description="`auto`, `none`, or a token such as <|endoftext|>"
@@ -65,6 +82,14 @@ class CorpusConfig(Strict):
     source: str = Field(description="`python-stdlib`, a Parquet or JSONL file, or a BEIR folder")
     task: str = "generic"
     limit: Positive | None = None
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            return tasks.get(name).name
+        except ConfigError as error:  # as a ValueError it is told with the path of the key
+            raise ValueError(str(error)) from None
 
 
 class LengthBucket(Strict):
@@ -96,7 +121,7 @@ class PlanConfig(Strict):
     max_chars: Positive = 5_000
     variants: Positive = 1
     lengths: tuple[LengthBucket, ...] = PAPER_LENGTHS
-    education_levels: dict[str, float] = Field(
+    education_levels: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: {"high school": 1.0, "college": 2.0, "phd": 2.0}
     )
     seed: int = 42
@@ -128,6 +153,10 @@ class GenerateConfig(LLMStageConfig):
 
     sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_p=0.6, max_tokens=8_192)
     max_query_chars: Positive = 8_000
+    prompt: Literal["generate", "generate-short"] = Field(
+        "generate", description="`generate-short` suits models under a billion parameters"
+    )
+    opening: str = Field("", description="words that every query is made to begin with")
     keep_truncated: bool = Field(
         False, description="keep a query that reached max_tokens up to its last full sentence"
     )

@@ -39,3 +39,33 @@ class QualityError(ReasonEmbedError):
 
 class EvaluationError(ReasonEmbedError):
     """A run, qrels or collection is inconsistent."""
+
+
+EXIT_FAILED, EXIT_CONFIG, EXIT_QUALITY = 1, 2, 3
+"""Exit codes: run again, it goes on; change the configuration; too many rows failed."""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message for a person, and the exit code."""
+    known = _known(error)
+    if known is None:
+        return f"{type(error).__name__}: {error}", EXIT_FAILED
+    if isinstance(known, (ConfigError, DriftError)):
+        return str(known), EXIT_CONFIG
+    return str(known), EXIT_QUALITY if isinstance(known, QualityError) else EXIT_FAILED
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether the message alone is enough, without a traceback."""
+    return _known(error) is not None
+
+
+def _known(error: BaseException | None) -> ReasonEmbedError | None:
+    """The first error of ours in a chain of causes; a cluster wraps what its workers raise."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, ReasonEmbedError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None

@@ -196,9 +196,12 @@ class Run:
         return self.config.runtime.cache_dir
 
     def _settings(self, name: str) -> dict[str, Any]:
+        """A stage's own settings; its encoder's stand in `encoder_identity`, without the place."""
         settings = flatten(getattr(self.config, name), prefix=name)
         return {
-            key: value for key, value in settings.items() if key.split(".")[-1] not in _NOT_RESULT
+            key: value
+            for key, value in settings.items()
+            if key.split(".")[-1] not in _NOT_RESULT and not key.startswith(f"{name}.encoder.")
         }
 
     def _inputs(self, *kinds: str, content: bool = False) -> dict[str, Any]:
@@ -216,7 +219,8 @@ class Run:
         weights = llm.model
         if llm.engine == "vllm":
             weights = weights_fingerprint(resolve(llm.model, cache_dir=self._cache))
-        return {"prompt": prompt_fingerprint(name), "weights": weights}
+        task = stable_hash(tasks.get(self.config.corpus.task))  # its words stand in the prompts
+        return {"prompt": prompt_fingerprint(name), "task": task, "weights": weights}
 
     # ---- timeline ---------------------------------------------------------------------------
 
@@ -262,7 +266,7 @@ def _plan(run: Run) -> dict[str, Any]:
 
 def _generate(run: Run) -> dict[str, Any]:
     config = run.config.generate
-    return run._settings("generate") | run._llm("generate", config.llm) | run._inputs("seeds")
+    return run._settings("generate") | run._llm(config.prompt, config.llm) | run._inputs("seeds")
 
 
 def _mine(run: Run) -> dict[str, Any]:

@@ -8,8 +8,10 @@ a row: `status` tells what happened, `detail` why.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Integral
 
 import pyarrow as pa
 
@@ -178,27 +180,55 @@ def conform(table: pa.Table, schema: pa.Schema, *, where: str) -> pa.Table:
         SchemaError: A column is missing or unknown, a type cannot be cast without loss, or a
             column that must not be null holds a null.
     """
-    missing = [name for name in schema.names if name not in table.column_names]
-    unknown = [name for name in table.column_names if name not in schema.names]
-    if missing or unknown:
-        raise SchemaError(f"{where}: missing columns {missing}, unknown columns {unknown}")
-    table = table.select(schema.names)
-    for field in schema:
-        nulls = table.column(field.name).null_count
-        if nulls and not field.nullable:
-            raise SchemaError(f"{where}: column {field.name!r} holds {nulls} null values")
-    try:
-        return table.cast(schema)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        raise SchemaError(f"{where}: {error}; declared as {schema}") from error
+    _check_names(table.column_names, schema, where=where)
+    columns = [_column(table.column(field.name), field, where=where) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def from_rows(rows: list[dict[str, object]], schema: pa.Schema, *, where: str) -> pa.Table:
-    """A checked table from row dictionaries; see `conform` for what is refused."""
+    """A checked table from row dictionaries; see `conform` for what is refused.
+
+    Every row must hold every column: a key that is misspelt would else become a null.
+    """
+    declared = set(schema.names)
+    for row in rows:
+        if row.keys() != declared:
+            _check_names(row, schema, where=where)
+    columns = [_column([row[f.name] for row in rows], f, where=where) for f in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _check_names(names: Iterable[str], schema: pa.Schema, *, where: str) -> None:
+    given = list(names)
+    missing = [name for name in schema.names if name not in given]
+    unknown = [name for name in given if name not in schema.names]
+    double = sorted({name for name in given if given.count(name) > 1})
+    if missing or unknown or double:
+        raise SchemaError(
+            f"{where}: missing columns {missing}, unknown columns {unknown}"
+            + (f", columns that stand twice {double}" if double else "")
+        )
+
+
+def _column(values: list[object] | pa.ChunkedArray, field: pa.Field, *, where: str) -> pa.Array:
     try:
-        return conform(pa.Table.from_pylist(rows, schema=schema), schema, where=where)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(f"{where}: {error}") from error
+        array = _array(values, field.type) if isinstance(values, list) else values
+        cast = array.cast(field.type)  # safe: refuses what it cannot keep, nested nulls included
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise SchemaError(
+            f"{where}: column {field.name!r} does not fit {field.type}: {error}"
+        ) from error
+    if not field.nullable and cast.null_count:
+        raise SchemaError(f"{where}: column {field.name!r} holds {cast.null_count} null values")
+    return cast
+
+
+def _array(values: list[object], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_integer(kind):  # Arrow would cut 1.5 down to 1
+        for value in values:
+            if value is not None and not isinstance(value, Integral):
+                raise TypeError(f"{value!r} is no whole number")
+    return pa.array(values, kind)
 
 
 def stable_hash(*parts: object, size: int = 8) -> str:

@@ -7,7 +7,6 @@ Training, mining, evaluation, export and service all take it from here; it is sa
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -21,8 +20,6 @@ from reasonembed.schemas import stable_hash
 CONTRACT_FILE = "contract.json"
 MIN_TOKENS = 8
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
-
-log = logging.getLogger(__name__)
 
 
 class Pooling(StrEnum):
@@ -49,6 +46,7 @@ class TokenisationContract:
         max_document_tokens: Length limit of a document, special tokens included.
         dtype: Of the weights in the forward pass; vectors are float32 in any case.
         dimension: Length of a vector.
+        layers: Layers of the checkpoint that are used, from the first; None for all.
         normalise: Whether vectors have L2 norm 1.
     """
 
@@ -61,6 +59,7 @@ class TokenisationContract:
     max_document_tokens: int
     dtype: str
     dimension: int
+    layers: int | None = None
     normalise: bool = True
 
     def to_json(self) -> dict[str, Any]:
@@ -132,7 +131,17 @@ def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
         max_document_tokens=config.max_document_tokens,
         dtype=config.dtype,
         dimension=int(model_config["hidden_size"]),
+        layers=_resolve_layers(config, available=model_config.get("num_hidden_layers")),
     )
+
+
+def _resolve_layers(config: EncoderConfig, *, available: int | None) -> int | None:
+    if config.layers is not None and available is not None and config.layers > available:
+        raise ConfigError(
+            f"encoder.layers {config.layers} is more than the {available} of {config.model}"
+        )
+    # An export holds the layers that are used and no others: asking it for that many is no cut.
+    return None if config.layers == available else config.layers
 
 
 def _read_json(file: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from reasonembed.embedder.pooling import forward
 from reasonembed.embedder.tokenisation import ContractTokenizer, Role, TokenIds
 from reasonembed.errors import ModelError
 from reasonembed.models import quiet_transformers, resolve
-
-log = logging.getLogger(__name__)
 
 Vectors = NDArray[np.float32]
 
@@ -56,17 +53,27 @@ class EncodeStats:
     padded_tokens: int = 0
 
 
-def load_backbone(path: Path, *, dtype: str) -> Backbone:
+def load_backbone(path: Path, *, dtype: str, layers: int | None = None) -> Backbone:
     """Loads model (evaluation mode, given dtype) and tokenizer from a checkpoint folder.
+
+    Args:
+        path: The folder.
+        dtype: Of the weights.
+        layers: Only the first layers of a decoder are loaded; default all.
 
     Raises:
         ModelError: transformers cannot load the folder.
     """
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
     try:
         with quiet_transformers():
-            model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype))
+            config = AutoConfig.from_pretrained(path)
+            if layers is not None:
+                config.num_hidden_layers = layers
+                if getattr(config, "layer_types", None):
+                    config.layer_types = config.layer_types[:layers]
+            model = AutoModel.from_pretrained(path, config=config, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
     model.config.use_cache = False  # a key-value cache serves generation only
@@ -116,7 +123,9 @@ class Embedder:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded = load_backbone(source, dtype=contract.dtype) if isinstance(source, Path) else source
+        loaded = source
+        if isinstance(loaded, Path):
+            loaded = load_backbone(loaded, dtype=contract.dtype, layers=contract.layers)
         self.contract = contract
         self.stats = EncodeStats()
         self._model = loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

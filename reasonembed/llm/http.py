@@ -6,6 +6,7 @@ message (vLLM and SGLang do, by the two extra fields below).
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class HTTPEngine:
             timeout=runtime.timeout_s,
             max_retries=5,
         )
-        self._errors: tuple[type[Exception], ...] = (openai.APIError,)
+        self._errors: tuple[type[Exception], ...] = (openai.APIError, json.JSONDecodeError)
         self._pool = ThreadPoolExecutor(runtime.concurrency)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
@@ -54,7 +55,11 @@ class HTTPEngine:
             answer = self._client.chat.completions.create(**self._arguments(request))
         except self._errors as error:
             return failure(f"{type(error).__name__}: {error}")
-        choice = answer.choices[0]
+        # Some servers answer 200 with an error object, or with text that is no JSON.
+        choices = getattr(answer, "choices", None)
+        if not choices or choices[0].message is None:
+            return failure(f"{self._config.model}: the server sent no answer: {answer!r:.300}")
+        choice = choices[0]
         probabilities: dict[str, float] = {}
         if request.choices:
             probabilities = _choice_probabilities(choice.logprobs, request.choices)
@@ -64,7 +69,8 @@ class HTTPEngine:
                     f"{_MAX_TOP_LOGPROBS} tokens that the server gave log-probabilities for"
                 )
         return Completion(
-            text=choice.message.content or "",
+            # A model may stop inside a character that takes two escapes; half of one is no text.
+            text=(choice.message.content or "").encode(errors="replace").decode(),
             finish_reason=choice.finish_reason or "stop",
             prompt_tokens=answer.usage.prompt_tokens if answer.usage else 0,
             completion_tokens=answer.usage.completion_tokens if answer.usage else 0,
@@ -109,7 +115,9 @@ def _choice_probabilities(logprobs: Any, choices: tuple[str, ...]) -> dict[str, 
     """Probabilities over `choices`; one outside the server's top list counts 0."""
     if logprobs is None or not logprobs.content:
         return {}
-    seen = {entry.token.strip(): entry.logprob for entry in logprobs.content[0].top_logprobs}
-    mass = {choice: math.exp(seen[choice]) if choice in seen else 0.0 for choice in choices}
+    mass = dict.fromkeys(choices, 0.0)
+    for entry in logprobs.content[0].top_logprobs:
+        if (token := entry.token.strip()) in mass:  # "3" and " 3" are two tokens of one grade
+            mass[token] += math.exp(entry.logprob)
     total = math.fsum(mass.values())
     return {choice: value / total for choice, value in mass.items()} if total > 0 else {}

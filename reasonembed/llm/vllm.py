@@ -91,8 +91,10 @@ class _Renderer:
                 choice: answer.logprobs[0][self._choice_id(choice)].logprob
                 for choice in request.choices
             }
-            total = math.fsum(math.exp(value) for value in logprobs.values())
-            probabilities = {choice: math.exp(value) / total for choice, value in logprobs.items()}
+            top = max(logprobs.values())  # taken off, so that no sum of tiny numbers becomes 0
+            mass = {choice: math.exp(value - top) for choice, value in logprobs.items()}
+            total = math.fsum(mass.values())
+            probabilities = {choice: value / total for choice, value in mass.items()}
         return Completion(
             text=answer.text,
             finish_reason=answer.finish_reason or "stop",

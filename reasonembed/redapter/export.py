@@ -74,7 +74,7 @@ def export(
     merged.to(getattr(torch, contract.dtype)).save_pretrained(scratch)
     _save_tokenizer(weights, contract, target=scratch)
     _save_modules(contract, prompt=prompt, target=scratch)
-    contract = replace(contract, weights=weights_fingerprint(scratch))
+    contract = replace(contract, weights=weights_fingerprint(scratch), layers=None)
     _write_json(scratch / CONTRACT_FILE, contract.to_json())
     embedder = Embedder(scratch, contract, device="cpu")
     write_golden(embedder, golden_texts, instruction=instruction, directory=scratch)
@@ -100,7 +100,7 @@ def _merge(
 
     # In float32, whatever the weights are: merging in 16 bits rounds small updates away.
     exact = replace(contract, dtype="float32")
-    backbone = load_backbone(weights, dtype="float32")
+    backbone = load_backbone(weights, dtype="float32", layers=contract.layers)
 
     def vectors(model: Any) -> NDArray[np.float32]:
         loaded = Backbone(model, backbone.tokenizer)

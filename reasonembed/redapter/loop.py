@@ -127,7 +127,7 @@ def train(
 
 def _prepare(config: TrainConfig, weights: Path, *, use_gpu: bool) -> _State:
     contract = resolve_contract(weights, config.encoder)
-    backbone = load_backbone(weights, dtype=contract.dtype)
+    backbone = load_backbone(weights, dtype=contract.dtype, layers=contract.layers)
     torch.manual_seed(row_seed(config.seed, "adapter"))
     model = _with_adapter(backbone.model, config).to("cuda" if use_gpu else "cpu").train()
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -21,7 +21,8 @@ from reasonembed.remixer.answers import Verdict, cut_words, llm_fields, prompt_t
 from reasonembed.schemas import JUDGMENTS, Status, from_rows, row_seed
 
 GRADES = ("1", "2", "3", "4", "5")
-_SCORE = re.compile(r"<score>\s*([1-5])\s*(?:/\s*5\s*)?</score>", re.IGNORECASE)
+_SCORE = re.compile(r"<score>((?:(?!<score>).)*?)</score>", re.IGNORECASE | re.DOTALL)
+_GRADE = re.compile(r"\s*([1-5])\s*(?:/\s*5\s*)?")
 _OPEN_SCORE = "<score>"
 PAIRS = pa.schema(
     [
@@ -51,13 +52,14 @@ def plan_pairs(candidates: pa.Table, *, limit: int) -> pa.Table:
 
 
 def written_score(text: str) -> int | None:
-    """The grade inside the last pair of score tags; None where there is no whole 1–5.
+    """The grade inside the last pair of score tags; None where that holds no whole 1–5.
 
     The last, because a model that repeats the instructions writes their example first. `4/5` is
-    read as 4; `4.5` and `7` are no grades.
+    read as 4; `4.5` and `7` are no grades, and no earlier pair stands in for them.
     """
     found = _SCORE.findall(text)
-    return int(found[-1]) if found else None
+    grade = _GRADE.fullmatch(found[-1]) if found else None
+    return int(grade[1]) if grade else None
 
 
 class Annotator:
@@ -78,15 +80,12 @@ class Annotator:
         rows = pairs.to_pylist()
         requests = [self._request(row["query_id"], row["doc_id"]) for row in rows]
         answers = self._engine.complete(requests)
+        followed: Sequence[Completion | None] = [None] * len(rows)
         if self._config.label_from == "expected":
-            probabilities = self._score_probabilities(requests, answers)
-        else:
-            probabilities = [{} for _ in rows]
+            followed = self._ask_grades(requests, answers)
         done = [
             self._row(row, request, answer, grades)
-            for row, request, answer, grades in zip(
-                rows, requests, answers, probabilities, strict=True
-            )
+            for row, request, answer, grades in zip(rows, requests, answers, followed, strict=True)
         ]
         return from_rows(done, JUDGMENTS, where="judgments")
 
@@ -103,9 +102,9 @@ class Annotator:
         seed = row_seed(self._config.seed, query_id, doc_id)
         return Request(f"{query_id}|{doc_id}", prompt, self._config.sampling, seed)
 
-    def _score_probabilities(
+    def _ask_grades(
         self, requests: Sequence[Request], answers: Sequence[Completion]
-    ) -> list[dict[str, float]]:
+    ) -> list[Completion | None]:
         """Probability of each grade as the token after the analysis and an open score tag."""
         usable = [i for i, answer in enumerate(answers) if answer.finish_reason != "error"]
         followed = self._engine.complete(
@@ -118,9 +117,9 @@ class Annotator:
                 for i in usable
             ]
         )
-        found: list[dict[str, float]] = [{} for _ in requests]
+        found: list[Completion | None] = [None] * len(requests)
         for i, completion in zip(usable, followed, strict=True):
-            found[i] = completion.choice_probabilities
+            found[i] = completion
         return found
 
     def _row(
@@ -128,9 +127,10 @@ class Annotator:
         pair: dict[str, Any],
         request: Request,
         answer: Completion,
-        probabilities: dict[str, float],
+        followed: Completion | None,
     ) -> dict[str, Any]:
-        label, outcome = self._label(answer, probabilities)
+        label, outcome = self._label(answer, followed)
+        probabilities = followed.choice_probabilities if followed else {}
         expected = sum(int(grade) * p for grade, p in probabilities.items()) or None
         return {
             **pair,
@@ -141,16 +141,13 @@ class Annotator:
             **llm_fields(outcome, answer, seed=request.seed, model=self._config.llm.model),
         }
 
-    def _label(
-        self, answer: Completion, probabilities: dict[str, float]
-    ) -> tuple[int | None, Verdict]:
+    def _label(self, answer: Completion, followed: Completion | None) -> tuple[int | None, Verdict]:
         outcome = verdict(answer)
-        if self._config.label_from == "expected":
+        if followed is not None:
             # The grade is asked for after the analysis, so an analysis that was cut is no loss.
-            if outcome.status == Status.ERROR:
-                return None, outcome
-            if not probabilities:
-                return None, Verdict(Status.INVALID, "no probabilities for the score token")
+            if followed.finish_reason == "error":
+                return None, verdict(followed)
+            probabilities = followed.choice_probabilities
             best = max(GRADES, key=lambda grade: probabilities[grade])
             return int(best), Verdict(Status.OK, outcome.detail)
         if outcome.status != Status.OK:

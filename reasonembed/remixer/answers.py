@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -11,7 +12,9 @@ from typing import Any
 from reasonembed.llm.protocol import Completion
 from reasonembed.schemas import Status, stable_hash
 
-_FENCES = (("```", "```"), ('"', '"'), ("“", "”"))
+_WRAPPED = re.compile(
+    r"""```(?:\w*\n)?((?:(?!```).)+)``` | "([^"]+)" | “([^“”]+)”""", re.DOTALL | re.VERBOSE
+)
 
 
 @cache
@@ -59,12 +62,14 @@ def llm_fields(
 
 
 def clean(text: str) -> str:
-    """The answer proper: without hidden thinking, one pair of quotes or fences, and blanks."""
-    text = text.rpartition("</think>")[2].strip()
-    for left, right in _FENCES:
-        if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right):
-            return text[len(left) : -len(right)].strip()
-    return text
+    """The answer proper: without hidden thinking, one pair of quotes or fences, and blanks.
+
+    Thinking that never ends holds no answer. Quotes that do not pair up with each other (`"a" or
+    "b"`) are part of the answer.
+    """
+    text = text.rpartition("</think>")[2].partition("<think>")[0].strip()
+    wrapped = _WRAPPED.fullmatch(text)
+    return wrapped[wrapped.lastindex or 0].strip() if wrapped else text
 
 
 def cut_words(text: str, max_words: int) -> str:

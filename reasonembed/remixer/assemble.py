@@ -104,11 +104,13 @@ def _split(
     judged: list[dict[str, Any]], config: AssembleConfig
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if config.rule == "threshold":
+        graded = [row for row in judged if row["relevance_label"] is not None]
         return (
-            [row for row in judged if row["relevance_label"] >= config.positive_min],
-            [row for row in judged if row["relevance_label"] <= config.negative_max],
+            [row for row in graded if row["relevance_label"] >= config.positive_min],
+            [row for row in graded if row["relevance_label"] <= config.negative_max],
         )
-    ranked = sorted(judged, key=lambda row: (-row["expected_label"], row["doc_id"]))
+    graded = [row for row in judged if row["expected_label"] is not None]
+    ranked = sorted(graded, key=lambda row: (-row["expected_label"], row["doc_id"]))
     rest = ranked[config.rank_positives :]
     return ranked[: config.rank_positives], rest[-config.rank_negatives :]
 

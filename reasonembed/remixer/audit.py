@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from reasonembed.corpus import CorpusStore
 from reasonembed.evaluation.datasets import Collection
 from reasonembed.index.exact import search
 from reasonembed.remixer.annotate import PAIRS
@@ -48,19 +49,40 @@ def plan_audit(
     *,
     num_queries: int,
     seed: int,
+    corpus: CorpusStore | None = None,
 ) -> pa.Table:
     """One gold document and the best mined documents that are not gold, for some queries.
 
     The negatives are hard on purpose: telling gold from random documents says little.
+
+    Args:
+        collection: Queries and their gold.
+        query_ids: Ids of the rows of `query_vectors_QD`.
+        query_vectors_QD: float32.
+        doc_ids: Ids of the rows of `doc_vectors_ND`.
+        doc_vectors_ND: float32.
+        num_queries: How many queries; all of them where there are fewer.
+        seed: Decides which.
+        corpus: Tells the exact duplicates, so that no text of a gold document counts as a negative.
 
     Returns:
         Table of `annotate.PAIRS`.
     """
     chosen = sorted(query_ids, key=lambda id_: stable_hash(seed, id_))[:num_queries]
     rows_of = {id_: row for row, id_ in enumerate(query_ids)}
-    position = {id_: row for row, id_ in enumerate(doc_ids)}
+
+    def group(doc_id: str) -> str:
+        return corpus.group(doc_id) if corpus is not None and doc_id in corpus else doc_id
+
+    members: dict[str, list[int]] = {}
+    for row, doc_id in enumerate(doc_ids):
+        members.setdefault(group(doc_id), []).append(row)
     named = [
-        [position[d] for d in sorted(collection.named_documents_of(id_)) if d in position]
+        [
+            row
+            for g in {group(d) for d in collection.named_documents_of(id_)}
+            for row in members.get(g, [])
+        ]
         for id_ in chosen
     ]
     rows = [rows_of[id_] for id_ in chosen]

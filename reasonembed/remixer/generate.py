@@ -23,7 +23,12 @@ from reasonembed.remixer.answers import (
 from reasonembed.schemas import QUERIES, Status, from_rows
 
 _NGRAM = 8
-_REFUSAL = re.compile(r"^(i'm sorry|i am sorry|i cannot|i can't|as an ai\b|sorry, )", re.IGNORECASE)
+# "I can't get this to work" is how people ask; "I can't help with that" is how models refuse.
+_REFUSAL = re.compile(
+    r"(i['\u2019]m sorry|i am sorry|sorry,|as an ai\b"
+    r"|i (cannot|can['\u2019]t|am unable to) (help|assist|comply|fulfil|provide))",
+    re.IGNORECASE,
+)
 _POINTS_AT_TEXT = re.compile(
     r"\b(the|this|above|given|following)\s+(text|passage|document)\b", re.IGNORECASE
 )
@@ -45,7 +50,7 @@ class QueryGenerator:
     def _request(self, seed: dict[str, Any]) -> Request:
         task = tasks.get(seed["task"])
         document = self._corpus.text(seed["source_doc_id"])
-        prompt = prompt_template("generate").substitute(
+        prompt = prompt_template(self._config.prompt).substitute(
             document_kind=task.document_kind,
             query_kind=task.query_kind,
             min_words=seed["min_words"],
@@ -53,10 +58,17 @@ class QueryGenerator:
             education_level=seed["education_level"],
             document=cut_words(document, self._config.max_document_words),
         )
-        return Request(seed["query_id"], prompt, self._config.sampling, seed["seed"])
+        return Request(
+            seed["query_id"],
+            prompt,
+            self._config.sampling,
+            seed["seed"],
+            prefill=self._config.opening,
+        )
 
     def _row(self, seed: dict[str, Any], completion: Completion) -> dict[str, Any]:
-        query = clean(completion.text)
+        said = completion.text.strip()
+        query = clean(self._config.opening + completion.text) if said else ""
         outcome = verdict(completion)
         if outcome.status == Status.TRUNCATED and self._config.keep_truncated:
             query, outcome = last_sentence_end(query), Verdict(Status.OK, outcome.detail)

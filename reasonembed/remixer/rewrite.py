@@ -51,7 +51,7 @@ class Rewriter:
             query=cut_words(row["query"], self._config.max_document_words),
         )
         seed = row_seed(self._config.seed, row["query_id"], "rewrite")
-        return Request(row["query_id"], prompt, self._config.sampling, seed)
+        return Request(f"{row['query_id']}|rewrite", prompt, self._config.sampling, seed)
 
     def _row(self, row: dict[str, Any], request: Request, answer: Completion) -> dict[str, Any]:
         reasoning, outcome = clean(answer.text), verdict(answer)

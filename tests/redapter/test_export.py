@@ -147,3 +147,32 @@ def test_what_sentence_transformers_cannot_express_is_refused(run, checkpoint, t
         exported(checkpoint, run[1], tmp_path / "out", contract=contract)
     with pytest.raises(ConfigError, match="golden_texts"):
         exported(checkpoint, run[1], tmp_path / "out", golden_texts=[])
+
+
+def test_export_of_the_first_layers_holds_those_alone(checkpoint, tmp_path):
+    config = encoder_config(checkpoint, layers=1)
+    trained_on = TrainConfig.model_validate(
+        {
+            "encoder": config,
+            "batch_queries": 4,
+            "group_size": 2,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "lora": {"rank": 4, "alpha": 8},
+        }
+    )
+    result = train(
+        trained_on,
+        samples(),
+        weights=checkpoint,
+        runtime=TrainRuntime(threads=1),
+        output_dir=tmp_path / "train",
+        report=lambda *_: None,
+    )
+    exported(checkpoint, result, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"] == 1
+    again = resolve_contract(tmp_path / "model", config.model_copy(update={"model": "x"}))
+    assert again.layers is None
+    assert Embedder.load_export(tmp_path / "model").encode_documents(TEXTS).shape == (3, 32)
+    with pytest.raises(ConfigError, match="layers 3 is more than the 2"):
+        resolve_contract(checkpoint, encoder_config(checkpoint, layers=3))

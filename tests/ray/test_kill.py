@@ -1,0 +1,142 @@
+"""kill -9 of the driver at random moments: nothing is lost, nothing committed is done twice."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from reasonembed.run import Run
+from tests.ray.conftest import ROOT, environment
+from tests.ray.tiny_run import write_config
+
+LLM_KINDS = {"queries": "{0}", "judgments": "{0}|{1}", "rewrites": "{0}|rewrite"}
+
+
+def start(config, last):
+    return subprocess.Popen(
+        [sys.executable, "-m", "reasonembed.cli", "run", str(config), "--to", last],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def end_session(leader):
+    """Ends what a killed driver leaves behind, so that the next one starts on a still machine.
+
+    Ray's workers die with the driver on their own; its dashboard agents outlive it for a while.
+    """
+    for _ in range(50):
+        members = session_members(leader)
+        if not members:
+            return
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    raise AssertionError(f"processes {members} do not die")
+
+
+def session_members(leader):
+    members = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if os.getsid(int(entry.name)) == leader and state != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+def work_noted(folder):
+    size = 0
+    for name in ("requests.jsonl", "run/train/log.jsonl"):
+        file = folder / name
+        size += file.stat().st_size if file.is_file() else 0
+    return size + sum(1 for _ in (folder / "run" / "embeddings").glob("*/_commits/*.json"))
+
+
+def kill_at_random_moment(folder, config, *, last, rng):
+    """Lets a driver do some work, then kills it; returns whether it was still running."""
+    before = work_noted(folder)
+    process = start(config, last)
+    while process.poll() is None and work_noted(folder) == before:
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0, 4))
+    killed = process.poll() is None
+    if killed:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)  # what still runs may still commit
+    end_session(process.pid)
+    return killed
+
+
+def assert_exactly_once(run):
+    """Each planned id is committed once, in one part, over all attempts."""
+    seeds = run.artifact("seeds").keys()
+    assert len(seeds) == 24
+    for kind in ("queries", "candidates", "rewrites"):
+        artifact = run.artifact(kind)
+        assert artifact.keys() == seeds, kind
+        assert sum(commit.rows for commit in artifact.commits()) == len(seeds), kind
+    judgments = run.artifact("judgments")
+    assert len(judgments.keys()) == sum(c.rows for c in judgments.commits()) == 24 * 4
+
+
+def assert_nothing_committed_was_computed_again(run, folder):
+    noted = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    committed_at = {}
+    for kind, form in LLM_KINDS.items():
+        artifact = run.artifact(kind)
+        for commit in artifact.commits():
+            keys = artifact._read_part(commit, list(artifact.key)).to_pylist()
+            for row in keys:
+                committed_at[form.format(*row.values())] = commit.committed_at_ns
+    assert set(committed_at) <= {row["id"] for row in noted}
+    for row in noted:
+        if row["id"] in committed_at:
+            assert row["at_ns"] <= committed_at[row["id"]], row
+    return Counter(row["id"] for row in noted)
+
+
+def kill_and_finish(folder, *, last, kills, seed):
+    config = write_config(folder, delay_s=0.4)
+    rng = random.Random(seed)
+    hit = sum(kill_at_random_moment(folder, config, last=last, rng=rng) for _ in range(kills))
+    finish = start(config, last)
+    _, errors = finish.communicate(timeout=250)
+    assert finish.returncode == 0, errors
+    end_session(finish.pid)
+    return Run.existing(folder / "run"), hit
+
+
+@pytest.mark.timeout(420)
+def test_driver_killed_five_times(tmp_path):
+    run, hit = kill_and_finish(tmp_path, last="assemble", kills=5, seed=20)
+    assert hit == 5, f"only {hit} of 5 kills found the driver at work"
+    assert_exactly_once(run)
+    computed = assert_nothing_committed_was_computed_again(run, tmp_path)
+    assert max(computed.values()) > 1, "no kill fell between computing and committing a row"
+    assert run.artifact("samples").keys()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_driver_killed_through_training_and_evaluation(tmp_path, seed):
+    run, hit = kill_and_finish(tmp_path, last="evaluate", kills=10, seed=seed)
+    assert hit >= 8
+    assert_exactly_once(run)
+    assert_nothing_committed_was_computed_again(run, tmp_path)
+    assert run.directory("evaluate").finished()["systems"]["after"]

@@ -1,0 +1,566 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import reasonembed.artifacts as artifacts_module
+from reasonembed.artifacts import Artifact, StageDirectory, differences, locked
+from reasonembed.config import fingerprint
+from reasonembed.errors import DriftError, SchemaError, StorageError
+from reasonembed.schemas import REWRITES, embeddings, from_rows
+
+STATUSES = {"q1": "ok", "q2": "error", "q3": "truncated"}
+IDENTITY = {"generate.seed": 42, "lengths": [{"min": 1}], "weights": "abc", "none": None}
+PLANNED = pa.table({"query_id": ["q1", "q2", "q3", "q4"]})
+
+
+def rows(statuses, *, text="r"):
+    """Rewrites from {query_id: status}."""
+    return from_rows(
+        [
+            {
+                "query_id": query_id,
+                "rewritten_query": text,
+                "status": status,
+                "detail": None,
+                "finish_reason": None,
+                "prompt_tokens": 1,
+                "completion_tokens": 1,
+                "seed": 0,
+                "model": "m",
+            }
+            for query_id, status in statuses.items()
+        ],
+        REWRITES,
+        where="test",
+    )
+
+
+def ok(*query_ids, text="r"):
+    return rows(dict.fromkeys(query_ids, "ok"), text=text)
+
+
+def texts(artifact):
+    table = artifact.read(columns=["query_id", "rewritten_query"])
+    return dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob("*") if path.name.startswith(".tmp-")]
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return Artifact.declared(tmp_path / "rewrites", "rewrites")
+
+
+class TestCommits:
+    def test_rows_come_back_as_they_went_in_sorted_by_key(self, artifact):
+        commit = artifact.commit("p1", ok("q2", "q1"))
+        assert (commit.part, commit.rows, commit.statuses) == ("p1", 2, {"ok": 2})
+        assert artifact.read() == ok("q1", "q2")
+        assert artifact.commits() == [commit]
+
+    def test_nothing_was_ever_written(self, artifact):
+        assert artifact.read() == ok()
+        assert artifact.commits() == []
+        assert artifact.keys() == set()
+        assert artifact.statuses() == {}
+        assert artifact.missing(PLANNED) == PLANNED
+
+    def test_columns_can_be_chosen(self, artifact):
+        artifact.commit("p1", ok("q1"))
+        table = artifact.read(columns=["status", "query_id"])
+        assert table.column_names == ["status", "query_id"]
+        assert artifact.read(columns=["status"]).column_names == ["status"]
+
+    def test_an_order_of_commits_does_not_show(self, artifact, tmp_path):
+        other = Artifact.declared(tmp_path / "other", "rewrites")
+        for part in ("q1", "q2", "q3"):
+            artifact.commit(part, ok(part))
+        for part in ("q3", "q1", "q2"):
+            other.commit(part, ok(part))
+        assert artifact.read() == other.read()
+        assert artifact.content() == other.content()
+
+    def test_data_comes_before_its_commit(self, artifact, monkeypatch):
+        written = []
+        write = StageDirectory._write
+        monkeypatch.setattr(
+            StageDirectory,
+            "_write",
+            lambda self, path, data: (written.append(path), write(self, path, data)),
+        )
+        artifact.commit("p1", ok("q1"))
+        assert [Path(path).parent.name for path in written] == ["data", "_commits"]
+
+    def test_a_part_without_a_commit_is_invisible_and_is_made_again(self, artifact, monkeypatch):
+        artifact.commit("p0", ok("q1"))
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts_module, "_write_durably", crash_on("_commits"))
+            with pytest.raises(Killed):
+                artifact.commit("p1", ok("q2", "q3"))
+        assert (artifact_path(artifact) / "data" / "p1.parquet").is_file()
+        assert artifact.keys() == {"q1"}
+        todo = artifact.missing(PLANNED)
+        assert todo.column("query_id").to_pylist() == ["q2", "q3", "q4"]
+        artifact.commit("p2", ok(*todo.column("query_id").to_pylist()))
+        assert artifact.read() == ok("q1", "q2", "q3", "q4")
+
+    def test_a_crash_before_the_data_leaves_nothing(self, artifact, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts_module, "_write_durably", crash_on("data"))
+            with pytest.raises(Killed):
+                artifact.commit("p1", ok("q1"))
+        assert artifact.keys() == set()
+
+    def test_the_newest_row_of_a_key_wins(self, artifact):
+        artifact.commit("p9", ok("q1", "q2", text="old"))
+        artifact.commit("p1", ok("q2", "q3", text="new"))
+        assert texts(artifact) == {"q1": "old", "q2": "new", "q3": "new"}
+        assert artifact.statuses() == {"ok": 3}
+
+    def test_a_part_that_is_committed_again_replaces_itself(self, artifact):
+        artifact.commit("p1", ok("q1", "q2", text="first"))
+        artifact.commit("p1", ok("q1", "q2", text="second"))
+        assert len(artifact.commits()) == 1
+        assert texts(artifact) == {"q1": "second", "q2": "second"}
+
+    def test_a_key_of_two_columns(self, tmp_path):
+        schema = pa.schema([pa.field(name, pa.string(), nullable=False) for name in "abc"])
+        artifact = Artifact(tmp_path, schema=schema, key=("a", "b"), name="pairs")
+        made = pa.table({"a": ["x", "x", "y"], "b": ["1", "2", "1"], "c": ["", "", ""]})
+        artifact.commit("p1", made)
+        planned = pa.table({"b": ["1", "2", "2"], "a": ["x", "x", "y"], "extra": [0, 1, 2]})
+        assert artifact.missing(planned).to_pylist() == [{"b": "2", "a": "y", "extra": 2}]
+
+    def test_rows_without_a_status_count_once_too(self, tmp_path):
+        artifact = Artifact(tmp_path, schema=embeddings(2), key=("id",), name="vectors")
+        vectors = pa.table({"id": ["a", "b"], "vector": [[1.0, 2.0], [3.0, 4.0]]})
+        artifact.commit("p1", vectors)
+        artifact.commit("p2", vectors)
+        assert artifact.statuses() == {"ok": 2}
+        assert artifact.read().column("vector").to_pylist() == [[1.0, 2.0], [3.0, 4.0]]
+        assert artifact.keys(retry=["error"]) == {"a", "b"}
+
+    def test_a_column_of_any_size_can_be_read(self, artifact, monkeypatch):
+        artifact.commit("p1", ok("q1", "q3", text="x" * 100))
+        artifact.commit("p2", ok("q2", "q4", text="y" * 100))
+        whole = artifact.read()
+        monkeypatch.setattr(artifacts_module, "_BLOCK_BYTES", 150)
+        assert artifact.read() == whole
+        assert artifact.read().column("rewritten_query").num_chunks == 4
+
+    def test_content_follows_the_rows(self, artifact):
+        artifact.commit("p1", ok("q1"))
+        before = artifact.content()
+        artifact.commit("p2", ok("q2"))
+        assert artifact.content() != before
+
+
+class TestRefusals:
+    def test_a_key_twice_in_a_part(self, artifact):
+        with pytest.raises(SchemaError, match=r"part p1: keys occur twice: \['q1'\]"):
+            artifact.commit("p1", pa.concat_tables([ok("q1"), ok("q2"), ok("q1")]))
+        assert artifact.commits() == []
+
+    def test_columns_that_are_not_declared(self, artifact):
+        with pytest.raises(SchemaError, match=r"rewrites part p1: .*unknown columns \['more'\]"):
+            artifact.commit("p1", ok("q1").append_column("more", [["x"]]))
+
+    def test_a_committed_part_that_was_deleted(self, artifact):
+        artifact.commit("p1", ok("q1"))
+        (artifact_path(artifact) / "data" / "p1.parquet").unlink()
+        with pytest.raises(StorageError, match=r"p1\.parquet is committed but cannot be read"):
+            artifact.read()
+
+    @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+    def test_a_committed_part_that_was_cut(self, artifact, keep):
+        artifact.commit("p1", ok("q1", "q2"))
+        file = artifact_path(artifact) / "data" / "p1.parquet"
+        os.truncate(file, int(file.stat().st_size * keep))
+        with pytest.raises(StorageError, match=r"p1\.parquet is committed but cannot be read"):
+            artifact.read()
+
+    def test_a_committed_part_with_other_rows(self, artifact):
+        artifact.commit("p1", ok("q1", "q2"))
+        artifact.commit("p2", ok("q3"))
+        data = artifact_path(artifact) / "data"
+        (data / "p2.parquet").replace(data / "p1.parquet")
+        with pytest.raises(StorageError, match="1 rows, its commit says 2"):
+            artifact.read()
+
+    @pytest.mark.parametrize("name", ["_stage.json", "_done.json", "_commits/p1.json"])
+    def test_a_damaged_record(self, artifact, name):
+        artifact.begin({"a": 1})
+        artifact.finish({})
+        artifact.commit("p1", ok("q1"))
+        (artifact_path(artifact) / name).write_text('{"part": ')
+        with pytest.raises(StorageError, match=f"{name} is damaged"):
+            (artifact.stage(), artifact.finished(), artifact.commits())
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("retry", "expected"),
+        [
+            ((), ["q4"]),
+            (("error",), ["q2", "q4"]),
+            (("error", "truncated"), ["q2", "q3", "q4"]),
+            (("invalid",), ["q4"]),
+        ],
+    )
+    def test_missing_is_what_was_planned_and_is_not_done(self, artifact, retry, expected):
+        artifact.commit("p1", rows(STATUSES))
+        missing = artifact.missing(PLANNED, retry=retry)
+        assert missing.column("query_id").to_pylist() == expected
+
+    def test_a_retried_row_is_done_once_its_newest_row_is_good(self, artifact):
+        artifact.commit("p1", rows(STATUSES))
+        artifact.commit("p2", ok("q2"))
+        missing = artifact.missing(PLANNED, retry=["error", "truncated"])
+        assert missing.column("query_id").to_pylist() == ["q3", "q4"]
+        assert artifact.statuses() == {"ok": 2, "truncated": 1}
+
+    def test_rows_beyond_the_plan_do_no_harm(self, artifact):
+        artifact.commit("p1", ok("q1", "of another plan"))
+        assert artifact.missing(PLANNED).num_rows == 3
+
+
+class TestIdentity:
+    def test_the_same_identity_is_let_in_again(self, artifact):
+        artifact.begin(IDENTITY, version="1")
+        artifact.begin(dict(reversed(IDENTITY.items())), version="2")
+        stage = artifact.stage()
+        assert (stage.name, stage.version, stage.identity) == ("rewrites", "1", IDENTITY)
+        assert stage.fingerprint == fingerprint(IDENTITY)
+
+    def test_another_identity_is_refused_with_both_values_of_each_field(self, artifact):
+        artifact.begin(IDENTITY)
+        changed = IDENTITY | {"generate.seed": 43, "prompt": "new"}
+        del changed["weights"]
+        with pytest.raises(DriftError) as caught:
+            artifact.begin(changed)
+        message = str(caught.value)
+        assert "  generate.seed: made with 42, now 43\n" in message
+        assert "  prompt: made with '(absent)', now 'new'\n" in message
+        assert "  weights: made with 'abc', now '(absent)'\n" in message
+        assert "lengths" not in message
+        assert "--fresh" in message
+        assert artifact.stage().identity == IDENTITY
+
+    def test_differences_of_equal_identities(self):
+        assert differences(IDENTITY, dict(IDENTITY)) == []
+
+    def test_a_finished_stage_says_what_it_found(self, artifact):
+        assert artifact.finished() is None
+        artifact.finish({"rows": 3, "note": "é"})
+        assert artifact.finished() == {"rows": 3, "note": "é"}
+
+    def test_discard_leaves_nothing_and_can_be_repeated(self, artifact):
+        artifact.begin(IDENTITY)
+        artifact.commit("p1", ok("q1"))
+        artifact.finish({})
+        artifact.discard()
+        assert not artifact_path(artifact).exists()
+        artifact.discard()
+        artifact.begin({"another": 1})
+        assert artifact.read() == ok()
+
+    @pytest.mark.parametrize("survivors", range(1, 6))
+    def test_a_discard_that_was_killed_never_passes_old_rows_for_new(
+        self, tmp_path, monkeypatch, survivors
+    ):
+        artifact = Artifact.declared(tmp_path / "rewrites", "rewrites")
+        artifact.begin(IDENTITY)
+        artifact.commit("p1", ok("q1"))
+        artifact.finish({})
+        artifact._fs = KillingFileSystem(artifact._fs, after=5 - survivors)
+        with pytest.raises(Killed):
+            artifact.discard()
+        again = Artifact.declared(tmp_path / "rewrites", "rewrites")
+        try:
+            again.begin({"another": 1})
+        except DriftError:
+            pass  # it still says whose it is
+        else:
+            assert again.read() == ok()
+            assert again.finished() is None
+
+
+class TestStorage:
+    def test_a_file_in_the_way(self, tmp_path):
+        (tmp_path / "run").write_text("I was here first")
+        artifact = Artifact.declared(tmp_path / "run" / "rewrites", "rewrites")
+        for attempt in (lambda: artifact.begin({}), lambda: artifact.commit("p1", ok("q1"))):
+            with pytest.raises(StorageError, match="a part of this path is a file; choose another"):
+                attempt()
+        assert (tmp_path / "run").read_text() == "I was here first"
+
+    @pytest.mark.parametrize(
+        ("code", "cure"),
+        [
+            (errno.ENOSPC, "the disk is full; free space and run again"),
+            (errno.EROFS, "read-only; choose another run_dir"),
+            (errno.EACCES, "no permission to write here; choose another run_dir"),
+            (errno.EIO, "Input/output error"),
+        ],
+    )
+    @pytest.mark.parametrize("where", ["fsync", "replace"])
+    def test_a_disk_that_fails(self, artifact, monkeypatch, code, cure, where):
+        artifact.commit("p0", ok("q1"))
+
+        def fail(*_):
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*((os, "fsync") if where == "fsync" else (Path, "replace")), fail)
+            with pytest.raises(StorageError, match=f"cannot write .*p1.*: .*{cure}"):
+                artifact.commit("p1", ok("q2"))
+        assert leftovers(artifact_path(artifact)) == []
+        assert artifact.keys() == {"q1"}
+        artifact.commit("p1", ok("q2"))  # with room again, it goes on
+        assert artifact.keys() == {"q1", "q2"}
+
+    def test_an_interrupt_leaves_no_temporary_file(self, artifact, monkeypatch):
+        def interrupt(_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                artifact.commit("p1", ok("q1"))
+        assert leftovers(artifact_path(artifact)) == []
+
+    def test_what_a_killed_writer_left_is_not_read(self, artifact):
+        artifact.commit("p1", ok("q1"))
+        for folder in ("data", "_commits"):
+            (artifact_path(artifact) / folder / ".tmp-p2.json-1").write_bytes(b"half")
+            (artifact_path(artifact) / folder / ".tmp-p2.json").write_bytes(b"half")
+        assert artifact.read() == ok("q1")
+
+    def test_a_file_uri_is_a_local_path(self, tmp_path):
+        by_uri = Artifact.declared(f"file://{tmp_path}/rewrites", "rewrites")
+        by_uri.begin({"a": 1})
+        by_uri.commit("p1", ok("q1"))
+        assert Artifact.declared(tmp_path / "rewrites", "rewrites").read() == ok("q1")
+        assert leftovers(tmp_path) == []
+
+    def test_a_relative_path_is_fixed_when_it_is_given(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        artifact = Artifact.declared("rewrites", "rewrites")
+        monkeypatch.chdir("/")
+        artifact.commit("p1", ok("q1"))
+        assert (tmp_path / "rewrites" / "data" / "p1.parquet").is_file()
+
+    def test_folders_that_look_like_partitions_are_only_folders(self, tmp_path):
+        artifact = Artifact.declared(tmp_path / "status=error" / "model=x", "rewrites")
+        artifact.commit("p1", ok("q1"))
+        assert artifact.read() == ok("q1")
+
+    def test_an_unknown_kind_of_storage(self):
+        with pytest.raises(StorageError, match="bogus://bucket/run is not a storage location"):
+            Artifact.declared("bogus://bucket/run", "rewrites")
+
+    @pytest.mark.parametrize("kind", ["mock", "subtree"])
+    def test_a_store_without_rename(self, tmp_path, monkeypatch, kind):
+        """What is not a local file system is written with one PUT."""
+        if kind == "mock":
+            store, root = pafs.FileSystem.from_uri("mock:///bucket")
+        else:
+            store, root = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "bucket"
+        monkeypatch.setattr(artifacts_module, "_filesystem", lambda _: (store, f"{root}/rewrites"))
+        artifact = Artifact.declared("s3://bucket/rewrites", "rewrites")
+        artifact.begin({"a": 1})
+        artifact.commit("p1", rows({"q1": "ok", "q2": "error"}))
+        artifact.commit("p2", ok("q2"))
+        again = Artifact.declared("s3://bucket/rewrites", "rewrites")
+        assert again.read() == ok("q1", "q2")
+        with pytest.raises(DriftError):
+            again.begin({"a": 2})
+        again.discard()
+        assert again.stage() is None
+        assert again.read() == ok()
+
+
+class TestLock:
+    HOLDER = (
+        "import sys, time, pathlib\n"
+        "from reasonembed.artifacts import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+
+    def test_a_second_holder_is_refused(self, tmp_path):
+        with (
+            locked(tmp_path / "run"),
+            pytest.raises(StorageError, match="run is in use by another driver"),
+            locked(tmp_path / "run"),
+        ):
+            pass
+        with locked(tmp_path / "run"):
+            pass
+
+    def test_it_is_free_again_after_an_error(self, tmp_path):
+        with pytest.raises(RuntimeError), locked(tmp_path):
+            raise RuntimeError
+        with locked(tmp_path):
+            pass
+
+    def test_a_file_in_the_way(self, tmp_path):
+        (tmp_path / "run").write_text("")
+        with (
+            pytest.raises(StorageError, match="a part of this path is a file"),
+            locked(tmp_path / "run"),
+        ):
+            pass
+
+    def test_a_killed_process_lets_go(self, tmp_path):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", self.HOLDER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            with pytest.raises(StorageError, match="in use"), locked(tmp_path):
+                pass
+            holder.send_signal(signal.SIGKILL)
+            assert holder.wait(10) == -signal.SIGKILL
+            with locked(tmp_path):
+                pass
+        finally:
+            holder.kill()
+            holder.wait(10)
+            holder.stdout.close()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler of ours may catch it."""
+
+
+def crash_on(folder):
+    write = artifacts_module._write_durably
+
+    def crashing(path, data):
+        if path.parent.name == folder:
+            raise Killed
+        write(path, data)
+
+    return crashing
+
+
+def artifact_path(artifact):
+    return Path(artifact.uri)
+
+
+class KillingFileSystem:
+    """A local file system on which the process dies after some deletions."""
+
+    def __init__(self, inner, *, after):
+        self._inner, self._left = inner, after
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def _delete(self, path, delete):
+        if not self._left:
+            raise Killed
+        self._left -= 1
+        delete(path)
+
+    def delete_dir(self, path):
+        self._delete(path, self._inner.delete_dir)
+
+    def delete_file(self, path):
+        self._delete(path, self._inner.delete_file)
+
+
+KEYS = [f"q{i}" for i in range(8)]
+subsets = st.lists(st.sampled_from(KEYS), min_size=1, unique=True)
+row_statuses = st.sampled_from(["ok", "ok", "error", "truncated"])
+
+
+class ExactlyOnce(RuleBasedStateMachine):
+    """Commits, crashes and restarts in any order, against a dictionary."""
+
+    @initialize()
+    def start(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.expected = {}
+        self.parts = 0
+        self.restart()
+
+    @rule()
+    def restart(self):
+        self.artifact = Artifact.declared(Path(self.folder.name) / "rewrites", "rewrites")
+        self.artifact.begin({"a": 1})
+
+    def _write(self, keys, status):
+        self.parts += 1
+        part = f"p{self.parts * 7919 % 101:03d}"  # names in no order
+        text = f"made by {self.parts}"
+        table = rows(dict.fromkeys(keys, status), text=text)
+        return part, table, {key: (status, text) for key in keys}
+
+    @rule(keys=subsets, status=row_statuses)
+    def commit(self, keys, status):
+        part, table, made = self._write(keys, status)
+        self.artifact.commit(part, table)
+        self.expected |= made
+
+    @rule(keys=subsets, status=row_statuses, folder=st.sampled_from(["data", "_commits"]))
+    def crash(self, keys, status, folder):
+        part, table, _ = self._write(keys, status)
+        write = artifacts_module._write_durably
+        artifacts_module._write_durably = crash_on(folder)
+        try:
+            self.artifact.commit(part, table)
+        except Killed:
+            self.restart()
+        finally:
+            artifacts_module._write_durably = write
+
+    @rule(size=st.integers(1, 4), retry=st.sampled_from([(), ("error",), ("error", "truncated")]))
+    def run_to_the_end(self, size, retry):
+        planned = pa.table({"query_id": KEYS})
+        todo = self.artifact.missing(planned, retry=retry).column("query_id").to_pylist()
+        lacking = [
+            key for key in KEYS if key not in self.expected or self.expected[key][0] in retry
+        ]
+        assert todo == lacking
+        for start in range(0, len(todo), size):
+            part, table, made = self._write(todo[start : start + size], "ok")
+            self.artifact.commit(part, table)
+            self.expected |= made
+        assert self.artifact.read().column("query_id").to_pylist() == KEYS
+        assert self.artifact.missing(planned).num_rows == 0
+
+    @invariant()
+    def every_committed_key_stands_there_once_with_its_newest_row(self):
+        if not hasattr(self, "expected"):
+            return
+        found = self.artifact.read().to_pylist()
+        assert [row["query_id"] for row in found] == sorted(self.expected)
+        assert {
+            row["query_id"]: (row["status"], row["rewritten_query"]) for row in found
+        } == self.expected
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+
+TestExactlyOnce = ExactlyOnce.TestCase
+TestExactlyOnce.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)

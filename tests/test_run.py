@@ -1,0 +1,315 @@
+import json
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+import reasonembed.run as run_module
+from reasonembed.config import LengthBucket, RunConfig, RuntimeConfig, flatten, parse
+from reasonembed.errors import ConfigError, DriftError
+from reasonembed.remixer.answers import prompt_template
+from reasonembed.run import STAGES, Run
+
+SCRIPTED = {"model": "scripted", "engine": "scripted"}
+IDENTIFIED = [stage for stage in STAGES if stage != "embed"]  # its identity is its encoder's
+
+
+def config(run_dir="runs/test", *, engine="scripted", models="models"):
+    llm = {"model": f"{models}/llm", "engine": engine}
+    return parse(
+        {
+            "run_dir": str(run_dir),
+            "corpus": {"source": "python-stdlib", "task": "python-stdlib"},
+            "generate": {"llm": llm},
+            "mine": {"encoder": {"model": f"{models}/miner"}},
+            "annotate": {"llm": llm, "audit_queries": 3},
+            "rewrite": {"llm": llm},
+            "train": {"encoder": {"model": f"{models}/backbone"}},
+        },
+        where="test",
+    )
+
+
+@pytest.fixture(autouse=True)
+def fake_weights(monkeypatch):
+    """Weights are wherever the cache is, and are told apart by name, as content would."""
+
+    def resolve(name, *, cache_dir=None):
+        return Path(cache_dir or "/default") / Path(name).name
+
+    monkeypatch.setattr(run_module, "resolve", resolve)
+    monkeypatch.setattr(run_module, "weights_fingerprint", lambda path: f"weights of {path.name}")
+
+
+def identities(configuration):
+    run = Run(configuration)
+    return {stage: run.identity(stage) for stage in IDENTIFIED}
+
+
+def leaves(model, path=()):
+    """Path, type and value of every setting below a configuration."""
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), field.annotation, value
+
+
+def replace_leaf(model, path, value):
+    name, *rest = path
+    if rest:
+        value = replace_leaf(getattr(model, name), rest, value)
+    return model.model_copy(update={name: value})
+
+
+def another(annotation, value):
+    """Another value for a setting."""
+    choices = [choice for choice in typing.get_args(annotation) if choice is not type(None)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return f"{value}x"
+    if isinstance(value, tuple):
+        return (*value, LengthBucket(min_words=1, max_words=2))
+    if isinstance(value, dict):
+        return value | {"another": 1}
+    assert value is None, (annotation, value)
+    return "x" if str in choices else 7
+
+
+CONFIG = config()
+RUNTIME = [path for path, _, _ in leaves(RuntimeConfig())]
+RESULT = {
+    path: another(annotation, value)
+    for path, annotation, value in leaves(CONFIG)
+    if path[0] not in ("runtime", "run_dir")
+} | {("corpus", "task"): "biology"}
+del RESULT[("evaluate", "collection")]  # needs a folder, and has its own test
+GATES = {path: value for path, value in RESULT.items() if path[-1] == "max_failed_share"}
+
+
+def test_the_settings_are_found():
+    assert ("engine", "max_num_seqs") in RUNTIME
+    assert RESULT[("train", "lora", "rank")] == 33
+    assert len(GATES) == 3
+
+
+@pytest.mark.parametrize("engine", ["scripted", "vllm"])
+def test_no_setting_under_runtime_changes_any_identity(engine):
+    base = config(engine=engine)
+    before = identities(base)
+    for path, annotation, value in leaves(base.runtime, ("runtime",)):
+        changed = replace_leaf(base, path, another(annotation, value))
+        assert changed != base, path
+        assert identities(changed) == before, path
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.sampled_from(RUNTIME)))
+def test_nor_do_several_at_once(paths):
+    changed = CONFIG
+    for path, annotation, value in leaves(CONFIG.runtime, ("runtime",)):
+        if path[1:] in paths:
+            changed = replace_leaf(changed, path, another(annotation, value))
+    assert identities(changed) == identities(CONFIG)
+
+
+def test_the_place_of_a_run_and_of_weights_changes_no_identity(tmp_path):
+    here = config(tmp_path / "here", engine="vllm", models="a/place")
+    there = config(tmp_path / "there", engine="vllm", models="another/place")
+    llm_paths = {f"{stage}.llm.model" for stage in ("generate", "annotate", "rewrite")}
+    for stage in IDENTIFIED:
+        one, two = Run(here).identity(stage), Run(there).identity(stage)
+        assert {key for key in one if one[key] != two[key]} <= llm_paths
+
+
+OWN_STAGE = {"annotate": {"annotate", "audit"}, "evaluate": {"evaluate"}}
+
+
+@pytest.mark.parametrize("path", sorted(set(RESULT) - set(GATES)), ids=".".join)
+def test_every_setting_that_decides_a_result_changes_its_identity(path):
+    changed = replace_leaf(CONFIG, path, RESULT[path])
+    before, after = identities(CONFIG), identities(changed)
+    differ = {stage for stage in IDENTIFIED if before[stage] != after[stage]}
+    stage = path[0]
+    if path == ("annotate", "audit_queries"):
+        assert differ == {"audit"}  # how much is audited says nothing about the judgments
+    elif path[:2] == ("evaluate", "instruction"):
+        assert differ == {"evaluate", "export"}  # it travels with the model
+    else:
+        assert OWN_STAGE.get(stage, {stage}) <= differ
+
+
+def test_another_collection_changes_what_hangs_on_it(tmp_path):
+    def folder(name, *, gold="d1", text="why"):
+        place = tmp_path / name
+        (place / "qrels").mkdir(parents=True)
+        (place / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": text}))
+        (place / "qrels" / "test.tsv").write_text(f"q\t{gold}\t1\n")
+        return identities(replace_leaf(CONFIG, ("evaluate", "collection"), str(place)))
+
+    def changed(other):
+        return {stage for stage in IDENTIFIED if other[stage] != base[stage]}
+
+    base = folder("base")
+    # Gold documents are held out of the seeds; other words of a query concern who answers it only.
+    assert changed(folder("gold", gold="d2")) == {"plan", "audit", "evaluate"}
+    assert changed(folder("text", text="how")) == {"audit", "evaluate"}
+
+
+@pytest.mark.parametrize("path", sorted(GATES), ids=".".join)
+def test_a_gate_changes_no_identity(path):
+    assert identities(replace_leaf(CONFIG, path, GATES[path])) == identities(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changed", "stages"),
+    [
+        ("llm", {"generate", "annotate", "audit", "rewrite"}),
+        ("miner", {"mine"}),
+        ("backbone", {"train"}),
+    ],
+)
+def test_other_weights_under_the_same_name_are_another_identity(monkeypatch, changed, stages):
+    base = config(engine="vllm")
+    before = identities(base)
+    monkeypatch.setattr(
+        run_module,
+        "weights_fingerprint",
+        lambda path: f"weights of {path.name}" + ("!" if path.name == changed else ""),
+    )
+    after = identities(base)
+    assert {stage for stage in IDENTIFIED if before[stage] != after[stage]} == stages
+
+
+def test_another_prompt_is_another_identity(monkeypatch):
+    before = identities(CONFIG)
+    texts = {name: prompt_template(name).template for name in ("generate", "annotate", "rewrite")}
+    texts["annotate"] += " "
+    monkeypatch.setattr(run_module, "prompt_fingerprint", lambda name: texts[name])
+    after = identities(CONFIG)
+    assert before["annotate"]["prompt"] != after["annotate"]["prompt"]
+    chosen = replace_leaf(CONFIG, ("generate", "prompt"), "generate-short")
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, "resolve", lambda name, cache_dir: Path(name))
+    monkeypatch.setattr(run_module, "weights_fingerprint", str)
+    assert Run(chosen).identity("generate")["prompt"] != before["generate"]["prompt"]
+
+
+def test_the_words_of_the_task_are_part_of_what_is_asked():
+    other = replace_leaf(CONFIG, ("corpus", "task"), "biology")
+    for stage in ("generate", "annotate", "rewrite"):
+        assert Run(other).identity(stage)["task"] != Run(CONFIG).identity(stage)["task"]
+
+
+def test_identities_are_flat_and_survive_json():
+    for identity in identities(CONFIG).values():
+        assert json.loads(json.dumps(identity)) == identity
+        assert not any(isinstance(value, dict) for value in identity.values())
+
+
+class TestInputs:
+    def test_another_input_is_another_identity(self, tmp_path):
+        run = Run(config(tmp_path))
+        before = run.identity("plan")
+        assert before["input.corpus"] == "(not made yet)"
+        run.begin("corpus", run.artifact("corpus"))
+        after = run.identity("plan")
+        assert after["input.corpus"] == run.artifact("corpus").stage().fingerprint
+        assert run.identity("plan") == after
+
+    def test_a_stage_begins_once_for_a_configuration(self, tmp_path):
+        run = Run(config(tmp_path))
+        run.begin("corpus", run.artifact("corpus"))
+        changed = Run(replace_leaf(run.config, ("corpus", "limit"), 10))
+        with pytest.raises(DriftError, match=r"corpus\.limit: made with None, now 10"):
+            changed.begin("corpus", changed.artifact("corpus"))
+
+    def test_stale_says_what_would_not_be_made_the_same_way(self, tmp_path):
+        run = Run(config(tmp_path))
+        assert run.stale() == {}
+        run.begin("corpus", run.artifact("corpus"))
+        run.begin("plan", run.artifact("seeds"))
+        assert run.stale() == {}
+        changed = Run(replace_leaf(run.config, ("plan", "variants"), 2))
+        assert changed.stale() == {"plan": ["plan.variants: made with 1, now 2"]}
+
+    def test_a_corpus_file_is_known_by_its_content(self, tmp_path):
+        file = tmp_path / "corpus.jsonl"
+        file.write_text('{"id": "a", "text": "x"}\n')
+        run = Run(replace_leaf(CONFIG, ("corpus", "source"), str(file)))
+        before = run.identity("corpus")["source.content"]
+        by_folder = Run(replace_leaf(CONFIG, ("corpus", "source"), str(tmp_path)))
+        assert by_folder.identity("corpus")["source.content"] == before
+        file.write_text('{"id": "a", "text": "y"}\n')
+        assert run.identity("corpus")["source.content"] != before
+
+
+class TestDirectory:
+    def test_a_run_is_found_again_with_its_configuration(self, tmp_path):
+        run = Run(config(tmp_path))
+        run.save_config()
+        assert Run.existing(tmp_path).config == run.config
+
+    def test_a_run_that_was_moved_lives_where_it_is_now(self, tmp_path):
+        old, new = tmp_path / "old", tmp_path / "new"
+        old.mkdir()
+        Run(config(old)).save_config()
+        old.rename(new)
+        assert Run.existing(new).dir == new
+
+    def test_a_folder_without_a_run_is_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match=f"{tmp_path} holds no run"):
+            Run.existing(tmp_path)
+
+    def test_a_saved_configuration_with_an_unknown_key_is_refused(self, tmp_path):
+        (tmp_path / "config.resolved.yaml").write_text("nonsense: 1\n")
+        with pytest.raises(ConfigError, match="nonsense: unknown key"):
+            Run.existing(tmp_path)
+
+    def test_discard_takes_a_stage_and_all_after_it(self, tmp_path):
+        run = Run(config(tmp_path))
+        for kind, stage in (("corpus", "corpus"), ("seeds", "plan"), ("queries", "generate")):
+            run.begin(stage, run.artifact(kind))
+        vectors = run.vectors("miner", "documents", dimension=2)
+        vectors.begin({})
+        directory = run.directory("train")
+        directory.begin({})
+        run.discard_from("plan")
+        assert run.artifact("corpus").stage() is not None
+        for output in (run.artifact("seeds"), run.artifact("queries"), vectors, directory):
+            assert output.stage() is None
+
+    def test_every_stage_has_an_output(self, tmp_path):
+        run = Run(config(tmp_path))
+        run.vectors("miner", "documents", dimension=2).begin({})
+        places = [output.uri for stage in STAGES for output in run.outputs(stage)]
+        assert all(run.outputs(stage) for stage in STAGES)
+        assert len(places) == len(set(places)) == len(STAGES)
+
+
+class TestTimeline:
+    def test_each_attempt_is_noted_with_what_it_gave(self, tmp_path):
+        run = Run(config(tmp_path))
+        assert run.timeline() == []
+        with run.timed("plan") as note:
+            note["result"] = {"seeds": 3}
+        with pytest.raises(RuntimeError), run.timed("generate"):
+            raise RuntimeError
+        first, second = run.timeline()
+        assert (first["stage"], first["outcome"], first["result"]) == ("plan", "done", {"seeds": 3})
+        assert (second["stage"], second["outcome"]) == ("generate", "failed")
+        assert first["seconds"] >= 0
+        assert second["started"] >= first["started"]
+
+
+def test_flatten_covers_every_setting():
+    assert {key.split(".")[0] for key in flatten(CONFIG)} == set(RunConfig.model_fields)
