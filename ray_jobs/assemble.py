@@ -3,7 +3,7 @@
 from ray_jobs.job import Job, main
 from reasonembed import tasks
 from reasonembed.errors import QualityError
-from reasonembed.remixer.assemble import assemble_samples
+from reasonembed.remixer.assemble import JUDGED_COLUMNS, assemble_samples
 
 
 def run(job: Job) -> dict[str, int]:
@@ -14,7 +14,7 @@ def run(job: Job) -> dict[str, int]:
     names = queries.column("task").unique().to_pylist()
     assembly = assemble_samples(
         queries,
-        job.run.artifact("judgments").read(),
+        job.run.artifact("judgments").read(columns=JUDGED_COLUMNS),  # the analyses are long
         job.run.artifact("rewrites").read(),
         corpus=job.run.corpus_store(),
         config=job.run.config.assemble,

@@ -24,6 +24,7 @@ def run(job: Job) -> dict[str, int]:
         *matrix(vectors),
         *matrix(documents),
         num_queries=config.audit_queries,
+        corpus=job.run.corpus_store(),
         seed=config.seed,
     )
     task = job.run.config.corpus.task

@@ -21,7 +21,10 @@ from reasonembed.run import STAGES, Run
 from reasonembed.schemas import Status
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Retrieval that reasons: from a corpus to a trained, evaluated, servable embedder.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Retrieval that reasons: from a corpus to a trained, evaluated, servable embedder.",
 )
 _out = Console(highlight=False)
 

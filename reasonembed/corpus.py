@@ -8,6 +8,7 @@ Exact duplicates share a ``group_id``. BRIGHT's corpora contain up to 38 % of th
 so that leaving a source document out by its id alone would let its twin back in.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import importlib
@@ -15,7 +16,10 @@ import inspect
 import itertools
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import types
 import warnings
 import zlib
@@ -122,7 +126,7 @@ def read_corpus(source: str, *, task: str = "generic", limit: int | None = None)
     if limit is not None and limit < 1:
         raise CorpusError(f"limit is {limit}; it must be at least 1, or left out to read all")
     if source == PYTHON_STDLIB:
-        documents: Iterable[Document] = stdlib_documents(task=task)
+        documents: Iterable[Document] = _stdlib_of_a_fresh_interpreter(task)
     else:
         documents = _file_documents(_corpus_file(source), task)
     kept = list(itertools.islice(documents, limit))
@@ -400,6 +404,25 @@ def stdlib_documents(*, task: str = "generic") -> Iterator[Document]:
         yield Document(doc_id, text, "", task, None)
 
 
+def _stdlib_of_a_fresh_interpreter(task: str) -> list[Document]:
+    """`stdlib_documents` of a child: large libraries patch the standard library of their process.
+
+    Without it the corpus would depend on whether torch or ray happen to be loaded.
+    """
+    source = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
+    child = subprocess.run(
+        [sys.executable, "-m", "reasonembed.corpus", task],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
+        check=False,
+    )
+    if child.returncode:
+        raise CorpusError(f"{PYTHON_STDLIB} cannot be read: {child.stderr.strip()[-500:]}")
+    return [Document(**json.loads(line)) for line in child.stdout.splitlines()]
+
+
 def cut_passages(
     text: str, *, min_words: int = MIN_PASSAGE_WORDS, max_words: int = MAX_PASSAGE_WORDS
 ) -> list[str]:
@@ -599,3 +622,8 @@ def _header(name: str, value: object) -> str:
         signature = "<unknown>"
     # Defaults such as <object object at 0x7f..> differ from run to run.
     return f"{name}(...)" if "<" in signature else f"{name}{signature}"
+
+
+if __name__ == "__main__":
+    for _document in stdlib_documents(task=sys.argv[1]):
+        sys.stdout.write(json.dumps(dataclasses.asdict(_document)) + "\n")

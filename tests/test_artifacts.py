@@ -563,4 +563,4 @@ class ExactlyOnce(RuleBasedStateMachine):
 
 
 TestExactlyOnce = ExactlyOnce.TestCase
-TestExactlyOnce.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+TestExactlyOnce.settings = settings(max_examples=25, stateful_step_count=12)

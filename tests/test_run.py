@@ -112,7 +112,7 @@ def test_no_setting_under_runtime_changes_any_identity(engine):
         assert identities(changed) == before, path
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sets(st.sampled_from(RUNTIME)))
 def test_nor_do_several_at_once(paths):
     changed = CONFIG

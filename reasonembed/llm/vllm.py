@@ -22,6 +22,7 @@ from reasonembed.models import resolve
 
 _T = TypeVar("_T")
 _CPU_BATCH_TOKENS = 4_096
+_CPU_BLOCK_TOKENS = 32  # vLLM's 128 would leave most of a shared prefix uncached
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def make_vllm_engine(config: LLMConfig, runtime: EngineRuntime, *, cache_dir: st
     if not on_gpu:
         # A seeded request whose prefill is split fails on CPU: its generator cannot step back.
         arguments["enable_chunked_prefill"] = False
+        arguments["block_size"] = _CPU_BLOCK_TOKENS
         arguments["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, config.max_model_len)
     else:
         arguments["gpu_memory_utilization"] = runtime.gpu_memory_utilization

@@ -15,6 +15,9 @@ from reasonembed.config import AssembleConfig
 from reasonembed.corpus import CorpusStore
 from reasonembed.schemas import SAMPLES, Status, from_rows
 
+JUDGED_COLUMNS = ["query_id", "doc_id", "status", "relevance_label", "expected_label"]
+"""What of `schemas.JUDGMENTS` is needed here."""
+
 
 @dataclass(frozen=True)
 class Assembly:

@@ -17,7 +17,9 @@ def write_corpus(folder: Path, *, documents: int = 48, duplicates: int = 6) -> P
     for i in range(documents):
         subject = _SUBJECTS[i % len(_SUBJECTS)]
         words = " ".join(f"{subject}{(i * 7 + k * 3) % 31}" for k in range(30))
-        rows.append({"_id": f"d{i:03d}", "title": "", "text": f"About {subject} case {i}: {words}."})
+        rows.append(
+            {"_id": f"d{i:03d}", "title": "", "text": f"About {subject} case {i}: {words}."}
+        )
     rows += [dict(rows[i], _id=f"twin{i:03d}") for i in range(duplicates)]
     _jsonl(folder / "corpus.jsonl", rows)
     queries = [
