@@ -32,4 +32,4 @@ def run(job: Job) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main(run, stage="assemble", description=__doc__)

@@ -131,4 +131,4 @@ def run(job: Job) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main(run, stage="embed", description=__doc__)

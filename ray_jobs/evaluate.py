@@ -63,4 +63,4 @@ def _runs(job: Job) -> dict[str, RankedRun]:
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main(run, stage="evaluate", description=__doc__)

@@ -60,4 +60,4 @@ def run(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main(run, stage="export", description=__doc__)

@@ -38,4 +38,4 @@ def run(job: Job) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main(run, stage="generate", description=__doc__)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Read by Ray when it is imported; 32 footer actors and usage pings have no place in a small run.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -23,7 +24,7 @@ from rich.console import Console
 from reasonembed.artifacts import locked
 from reasonembed.config import RunConfig, RuntimeConfig, load
 from reasonembed.errors import explain, is_expected
-from reasonembed.progress import Reporter
+from reasonembed.progress import Reporter, duration
 from reasonembed.run import Run
 
 _MIN_LOGICAL_CPUS = 4  # fewer starve Ray's own helpers behind a pool that holds them all
@@ -114,8 +115,27 @@ def _quiet(log: Path) -> Iterator[Console]:
         stream.close()
 
 
-def main(stages: Callable[[Job], None], *, description: str) -> None:
-    """Runs one job from the command line: `--config FILE`, repeated `--set a.b=1`, `--retry`."""
+def perform(job: Job, stage: str, runner: Callable[[Job], dict[str, Any]]) -> None:
+    """Runs one stage, notes its time and result, and says both."""
+    with job.run.timed(stage) as note:
+        note["result"] = result = runner(job)
+    shown = ", ".join(f"{key}: {value}" for key, value in result.items() if value != 0)
+    job.reporter.say(f"      {shown} ({duration(note['seconds'])})")
+
+
+def main(
+    runner: Callable[[Job], dict[str, Any]] | Callable[[Job], None],
+    *,
+    description: str | None,
+    stage: str | None = None,
+) -> None:
+    """Runs one job from the command line: `--config FILE`, repeated `--set a.b=1`, `--retry`.
+
+    Args:
+        runner: What runs; one stage, or several that note their own time.
+        description: Of the job, for `--help`.
+        stage: Name of the stage, where it is one.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.KEY=VALUE")
@@ -125,7 +145,10 @@ def main(stages: Callable[[Job], None], *, description: str) -> None:
         config = load(arguments.config, overrides=arguments.set)
         retry = frozenset(filter(None, arguments.retry.split(",")))
         with session(config, retry=retry) as job:
-            stages(job)
+            if stage is None:
+                runner(job)
+            else:
+                perform(job, stage, runner)
     except Exception as error:  # the process boundary: one message, one exit code
         message, code = explain(error)
         sys.stderr.write(f"{message}\n")

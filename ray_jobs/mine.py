@@ -42,4 +42,4 @@ def run(job: Job) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main(run, stage="mine", description=__doc__)

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from reasonembed.report import write_report
-
 from ray_jobs import (
     annotate,
     assemble,
@@ -19,9 +17,9 @@ from ray_jobs import (
     rewrite,
     train,
 )
-from ray_jobs.job import Job, main
+from ray_jobs.job import Job, main, perform
 from reasonembed.errors import ConfigError
-from reasonembed.progress import duration
+from reasonembed.report import write_report
 from reasonembed.run import STAGES
 
 _RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
@@ -60,16 +58,9 @@ def run_stages(job: Job, stages: tuple[str, ...] = STAGES) -> None:
     """Runs stages, says what each gave, and writes the report after the last."""
     for number, stage in enumerate(stages, start=1):
         job.reporter.say(f"[{number}/{len(stages)}] {stage}")
-        with job.run.timed(stage) as note:
-            note["result"] = result = _RUNNERS[stage](job)
-        shown = ", ".join(f"{key}: {value}" for key, value in result.items())
-        job.reporter.say(f"      {shown} ({duration(_last_seconds(job))})")
+        perform(job, stage, _RUNNERS[stage])
     file = write_report(job.run)
     job.reporter.say(f"Report: {file}")
-
-
-def _last_seconds(job: Job) -> float:
-    return float(job.run.timeline()[-1]["seconds"])
 
 
 def run(job: Job) -> None:

@@ -133,4 +133,4 @@ def _trainer(job: Job, payload: _Payload) -> TorchTrainer:
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main(run, stage="train", description=__doc__)

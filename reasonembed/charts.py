@@ -179,7 +179,7 @@ class _Scale:
         """Whole ticks around the values, at least `step` apart."""
         low, high = min(values), max(values)
         if high - low <= max(1e-9 * max(abs(low), abs(high)), _SMALLEST):
-            room = abs(low) * 0.1 or 1.0
+            room = abs(low) * 0.1 if abs(low) > _SMALLEST else 1.0
             low, high = min(low, max(0.0, low - room)), high + room
         step = max(step, _round_step((high - low) / 4))
         first, last = math.floor(low / step), math.ceil(high / step)

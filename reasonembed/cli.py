@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -160,22 +160,16 @@ def _statuses(text: str) -> frozenset[str]:
     return wanted
 
 
-def main() -> NoReturn:
-    """Entry point: an error becomes one message and an exit code (2, 3 or 1; see `errors`)."""
+def main() -> None:
+    """Entry point: an error of ours becomes one message and an exit code (see `errors`)."""
     try:
-        result: Any = app(standalone_mode=False)
-    except typer.Abort:
-        sys.exit(130)
-    except typer.TyperException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        app()  # ends the process itself, also on wrong usage
     except Exception as error:  # the process boundary
         message, code = explain(error)
         Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
         if not is_expected(error) and "ray_jobs.job" not in sys.modules:
             raise
         sys.exit(code)
-    sys.exit(result if isinstance(result, int) else 0)
 
 
 if __name__ == "__main__":

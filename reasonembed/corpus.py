@@ -625,5 +625,5 @@ def _header(name: str, value: object) -> str:
 
 
 if __name__ == "__main__":
-    for _document in stdlib_documents(task=sys.argv[1]):
-        sys.stdout.write(json.dumps(dataclasses.asdict(_document)) + "\n")
+    for one in stdlib_documents(task=sys.argv[1]):
+        sys.stdout.write(json.dumps(dataclasses.asdict(one)) + "\n")

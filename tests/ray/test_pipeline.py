@@ -94,7 +94,7 @@ def test_where_it_runs_is_no_other_configuration(tiny):
 
 
 def test_status_stale_trace_and_report(tiny, run):
-    folder, config, _ = tiny
+    _, config, _ = tiny
     shown = reasonembed("status", str(run.dir)).stdout
     assert "judgments" not in shown and "annotate" in shown and "96" in shown
     assert "Nothing is stale" in reasonembed("why-stale", str(run.dir)).stdout

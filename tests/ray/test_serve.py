@@ -43,7 +43,7 @@ def url(run):
     )
     base = f"http://127.0.0.1:{port}"
     for _ in range(120):
-        with contextlib.suppress(OSError)  # not up yet, or up and still loading:
+        with contextlib.suppress(OSError):  # not up yet, or up and still loading
             with urllib.request.urlopen(f"{base}/health", timeout=5) as answer:
                 assert answer.status == 200
             break

@@ -1,0 +1,61 @@
+"""Does training help beyond the luck of a seed? Trains and evaluates a finished run anew.
+
+    python benchmarks/seeds.py configs/quickstart.yaml runs/quickstart 1 2
+
+Each seed gets a copy of the run's data (samples, vectors of miner and untrained backbone) and
+repeats train, export and evaluate. Prints a table and writes `benchmarks/results/seeds.json`.
+"""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from reasonembed.run import Run
+
+RESULT = Path(__file__).parent / "results" / "seeds.json"
+KEPT = ("corpus", "seeds", "queries", "candidates", "judgments", "audit", "rewrites", "samples")
+
+
+def copy_data(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    for folder in (source / "embeddings").iterdir():
+        if not folder.name.startswith("trained-"):
+            shutil.copytree(folder, target / "embeddings" / folder.name, dirs_exist_ok=True)
+
+
+def scores(run_dir: Path) -> dict[str, object]:
+    run = Run.existing(run_dir)
+    card = run.directory("evaluate").finished()
+    assert card is not None, f"{run_dir} is not evaluated"
+    figures = {name: system["ndcg@10"] for name, system in card["systems"].items()}
+    interval = {key: card["comparison"][key] for key in ("low", "high", "p_value")}
+    return {"seed": run.config.train.seed, **figures, **interval}
+
+
+def main() -> None:
+    config, source, *seeds = sys.argv[1:]
+    rows = [scores(Path(source))]
+    for seed in seeds:
+        target = Path(f"{source}-seed{seed}")
+        copy_data(Path(source), target)
+        changes = ["--set", f"run_dir={target}", "--set", f"train.seed={seed}"]
+        command = ["-m", "reasonembed.cli", "run", config, *changes, "--from", "train"]
+        subprocess.run([sys.executable, *command], check=True)
+        rows.append(scores(target))
+    print(f"{'seed':>6} {'BM25':>8} {'miner':>8} {'before':>8} {'after':>8}   after - before, 95 %")
+    for row in rows:
+        cells = " ".join(f"{row[name]:8.4f}" for name in ("bm25", "miner", "before", "after"))
+        print(f"{row['seed']:>6} {cells}   [{row['low']:+.4f}, {row['high']:+.4f}]")
+    RESULT.parent.mkdir(exist_ok=True)
+    machine = f"{platform.machine()}, {platform.system()}, no accelerator"
+    RESULT.write_text(json.dumps({"device": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
