@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE =
 export UV_COMPILE_BYTECODE = 1
 export UV_LINK_MODE = copy
 
-.PHONY: quickstart test check format chaos slow bench lock clean
+.PHONY: quickstart test check format chaos slow lock clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/reasonembed run configs/quickstart.yaml

@@ -1,7 +1,7 @@
 """Measures the annotator: it judges pairs of the evaluation, whose gold is known."""
 
 from ray_jobs.annotate import judge
-from ray_jobs.embed import embed, evaluation_texts, matrix
+from ray_jobs.embed import document_texts, embed, evaluation_texts, matrix
 from ray_jobs.job import Job, main
 from reasonembed.remixer.annotate import JudgedQuery
 from reasonembed.remixer.audit import plan_audit
@@ -16,9 +16,7 @@ def run(job: Job) -> dict[str, int]:
     job.run.begin("audit", artifact)
     miner, collection = job.run.encoders.miner, job.run.collection
     vectors = embed(job, "miner", miner, "evaluation", evaluation_texts(job))
-    documents = job.run.vectors(
-        "miner", "documents", dimension=vectors.schema.field("vector").type.list_size
-    )
+    documents = embed(job, "miner", miner, "documents", document_texts(job))
     pairs = plan_audit(
         collection,
         *matrix(vectors),

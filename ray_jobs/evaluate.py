@@ -17,7 +17,7 @@ def run(job: Job) -> dict[str, Any]:
     directory = job.run.directory("evaluate")
     job.run.begin("evaluate", directory)
     if (finished := directory.finished()) is not None:
-        return finished
+        return _headline(finished)
     store, collection = job.run.corpus_store(), job.run.collection
     collection.check_against(store.doc_ids)
     runs = _runs(job)
@@ -26,6 +26,10 @@ def run(job: Job) -> dict[str, Any]:
         write_trec(ranked, job.run.dir / "evaluate" / f"{name}.trec", tag=name)
     card = scorecard(runs, collection, baseline="before", system="after")
     directory.finish(card)
+    return _headline(card)
+
+
+def _headline(card: dict[str, Any]) -> dict[str, str]:
     return {name: f"nDCG@10 {figures['ndcg@10']:.4f}" for name, figures in card["systems"].items()}
 
 

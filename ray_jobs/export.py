@@ -6,6 +6,7 @@ from typing import Any
 import ray
 
 from ray_jobs.job import Job, main
+from reasonembed.artifacts import digest
 from reasonembed.config import EncoderConfig
 from reasonembed.embedder.contract import resolve_contract
 from reasonembed.models import resolve
@@ -54,7 +55,8 @@ def run(job: Job) -> dict[str, Any]:
             texts=golden,
         )
     )
-    summary = {"dimension": dimension, "golden texts": len(golden)}
+    weights = digest(job.run.model_dir / "model.safetensors")
+    summary = {"dimension": dimension, "golden texts": len(golden), "weights": weights}
     directory.finish(summary)
     return summary
 

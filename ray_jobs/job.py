@@ -23,9 +23,9 @@ from rich.console import Console
 
 from reasonembed.artifacts import locked
 from reasonembed.config import RunConfig, RuntimeConfig, load
-from reasonembed.errors import explain, is_expected
+from reasonembed.errors import ConfigError, explain, is_expected
 from reasonembed.progress import Reporter, duration
-from reasonembed.run import Run
+from reasonembed.run import Run, statuses_from
 
 _MIN_LOGICAL_CPUS = 4  # fewer starve Ray's own helpers behind a pool that holds them all
 
@@ -57,7 +57,8 @@ def session(
     with locked(run.dir), _quiet(run.dir / "logs" / "ray.log") as console:
         if prepare:
             prepare(run)
-        run.save_config()
+        if not run.config_file.is_file():
+            run.save_config()  # so that a run that fails at once can be looked at
         join_or_start(run.config.runtime)
         try:
             yield Job(run, Reporter(console), retry)
@@ -72,10 +73,10 @@ def join_or_start(runtime: RuntimeConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        cpus = runtime.logical_cpus or max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+        _check_resources(runtime)
         ray.init(
             address="local",
-            num_cpus=cpus,
+            num_cpus=_logical_cpus(runtime),
             include_dashboard=False,
             object_store_memory=runtime.object_store_bytes,
             **quiet,
@@ -86,6 +87,29 @@ def join_or_start(runtime: RuntimeConfig) -> None:
     # so blocks must not be split by size.
     context.target_max_block_size = None
     context.execution_options.preserve_order = False
+
+
+def _logical_cpus(runtime: RuntimeConfig) -> int:
+    return runtime.logical_cpus or max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+
+
+def _check_resources(runtime: RuntimeConfig) -> None:
+    """Refuses pools that this machine can never hold; Ray would wait for them without a word."""
+    cpus = _logical_cpus(runtime)
+    for name in ("generate", "embed", "annotate", "rewrite"):
+        pool = getattr(runtime, name)
+        # What reads and writes needs room beside the pool.
+        if pool.min_actors * pool.num_cpus >= cpus:
+            raise ConfigError(
+                f"runtime.{name}: {pool.min_actors} actors x {pool.num_cpus:g} CPUs leave nothing "
+                f"of this machine's {cpus} logical CPUs; lower them or raise runtime.logical_cpus"
+            )
+    train = runtime.train
+    if train.num_workers * train.num_cpus >= cpus:
+        raise ConfigError(
+            f"runtime.train: {train.num_workers} workers x {train.num_cpus:g} CPUs leave nothing "
+            f"of this machine's {cpus} logical CPUs; lower them or raise runtime.logical_cpus"
+        )
 
 
 @contextmanager
@@ -104,8 +128,10 @@ def _quiet(log: Path) -> Iterator[Console]:
         os.dup2(sink.fileno(), 2)
     try:
         yield Console(file=stream)
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()  # the whole story goes to the file; the caller shows the short one
+        if not is_expected(error):
+            error.add_note(f"Ray's log and the whole traceback: {log}")
         raise
     finally:
         sys.stdout.flush()
@@ -119,6 +145,7 @@ def perform(job: Job, stage: str, runner: Callable[[Job], dict[str, Any]]) -> No
     """Runs one stage, notes its time and result, and says both."""
     with job.run.timed(stage) as note:
         note["result"] = result = runner(job)
+    job.run.save_config()  # not before: a refused configuration must not pass for the run's own
     shown = ", ".join(f"{key}: {value}" for key, value in result.items() if value != 0)
     job.reporter.say(f"      {shown} ({duration(note['seconds'])})")
 
@@ -143,7 +170,7 @@ def main(
     arguments = parser.parse_args()
     try:
         config = load(arguments.config, overrides=arguments.set)
-        retry = frozenset(filter(None, arguments.retry.split(",")))
+        retry = statuses_from(arguments.retry)
         with session(config, retry=retry) as job:
             if stage is None:
                 runner(job)

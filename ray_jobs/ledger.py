@@ -21,9 +21,12 @@ from ray.data.block import Block, BlockAccessor
 from ray_jobs.job import Job
 from reasonembed.artifacts import Artifact
 from reasonembed.config import EngineRuntime, LLMConfig, PoolConfig
-from reasonembed.errors import QualityError
+from reasonembed.errors import QualityError, ReasonEmbedError
 from reasonembed.llm.protocol import Engine, make_engine
 from reasonembed.schemas import Status
+
+_WRITE_CPUS = 0.1  # a write is short and must find room beside a pool that holds the machine
+_MAX_RESTARTS = 8  # a block that kills its actor each time must end the stage, not loop
 
 Mapper = Callable[[pa.Table], pa.Table]
 
@@ -49,11 +52,24 @@ class LedgerSink(Datasink[list[str]]):
         return parts
 
 
+@dataclass(frozen=True)
+class _Broken:
+    error: ReasonEmbedError
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        raise self.error
+
+
 class Worker:
     """An actor that maps blocks with something that is expensive to build."""
 
     def __init__(self, *, make: Callable[[], Mapper]) -> None:
-        self._map = make()
+        try:
+            self._map = make()
+        except ReasonEmbedError as error:
+            # Raised with the first block: Ray hands on what a call raises, but not what
+            # a constructor does.
+            self._map = _Broken(error)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """One block in, one block out."""
@@ -123,6 +139,8 @@ def run_planned(
         ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
+        max_restarts=_MAX_RESTARTS,
+        max_task_retries=_MAX_RESTARTS,
         **({"max_concurrency": overlap} if overlap > 1 else {}),
     )
     before = planned.num_rows - todo.num_rows
@@ -130,7 +148,7 @@ def run_planned(
     with job.reporter.watching(
         label, total=planned.num_rows, done=lambda: before + counter.new(), unit="rows"
     ):
-        dataset.write_datasink(LedgerSink(artifact))
+        dataset.write_datasink(LedgerSink(artifact), ray_remote_args={"num_cpus": _WRITE_CPUS})
     return todo.num_rows
 
 
@@ -165,7 +183,7 @@ def check_share(artifact: Artifact, limit: float) -> dict[str, int]:
             f"{artifact.name}: {failed} of {total} rows failed ({failed / total:.0%}), limit "
             f"{limit:.0%}: {dict(counts)}\n"
             + "\n".join(f"  {row}" for row in examples)
-            + "\nNothing is lost: run again with --retry error,truncated,invalid, or raise the "
-            "stage's max_failed_share."
+            + "\nNothing is lost. If the engine failed, run again with --retry error; the other "
+            "answers come out the same, so change the stage's sampling or raise max_failed_share."
         )
     return dict(counts)

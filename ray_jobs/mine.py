@@ -2,10 +2,8 @@
 
 import pyarrow.compute as pc
 
-from ray_jobs.embed import matrix
+from ray_jobs.embed import document_texts, embed, matrix, query_texts
 from ray_jobs.job import Job, main
-from reasonembed.embedder.contract import resolve_contract
-from reasonembed.models import resolve
 from reasonembed.remixer.mine import mine_candidates
 from reasonembed.schemas import Status
 
@@ -18,10 +16,12 @@ def run(job: Job) -> dict[str, int]:
     queries = job.run.artifact("queries").read()
     queries = artifact.missing(queries.filter(pc.field("status") == str(Status.OK)))
     if queries.num_rows:
-        path = resolve(config.encoder.model, cache_dir=job.run.config.runtime.cache_dir)
-        dimension = resolve_contract(path, config.encoder).dimension
-        doc_ids, doc_vectors_ND = matrix(job.run.vectors("miner", "documents", dimension=dimension))
-        ids, vectors_QD = matrix(job.run.vectors("miner", "queries", dimension=dimension))
+        # Through `embed`, which refuses vectors of another encoder and adds what is missing.
+        miner = job.run.encoders.miner
+        doc_ids, doc_vectors_ND = matrix(
+            embed(job, "miner", miner, "documents", document_texts(job))
+        )
+        ids, vectors_QD = matrix(embed(job, "miner", miner, "queries", query_texts(job)))
         row_of = {id_: row for row, id_ in enumerate(ids)}
         rows = [row_of[id_] for id_ in queries.column("query_id").to_pylist()]
         table = mine_candidates(

@@ -9,8 +9,11 @@ def run(job: Job) -> dict[str, int]:
     """Commits `seeds` as one part; the plan is instant and deterministic."""
     artifact = job.run.artifact("seeds")
     job.run.begin("plan", artifact)
+    corpus = job.run.artifact("corpus").read()
+    # Now and not in the last stage, when the hours have been spent.
+    job.run.collection.check_against(corpus.column("doc_id").to_pylist())
     plan = plan_seeds(
-        job.run.artifact("corpus").read(),
+        corpus,
         job.run.config.plan,
         held_out=job.run.collection.named_documents(),
     )

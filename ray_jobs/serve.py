@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -65,7 +67,7 @@ def start(model_dir: Path, *, name: str, instruction: str, runtime: ServeRuntime
         logging_config={"enable_access_log": False},
     )
     app = build(model_dir, name=name, instruction=instruction, runtime=runtime)
-    serve.run(app, name="reasonembed", route_prefix="/")
+    serve.run(app, name=name, route_prefix="/")
     return f"http://{runtime.host}:{runtime.port}"
 
 
@@ -83,14 +85,15 @@ def serve_model(
     try:
         url = start(model_dir, name=name, instruction=instruction, runtime=chosen)
         say(f"{name} at {url} - try:")
-        say(
-            f"  curl {url}/v1/embeddings -H 'Content-Type: application/json' "
-            f"""-d '{{"input": "why is my list shared?", "input_type": "query"}}'"""
-        )
+        body = json.dumps({"model": name, "input": "why is it shared?", "input_type": "query"})
+        say(f"  curl {url}/v1/embeddings -H 'Content-Type: application/json' -d '{body}'")
         say("Ctrl-C ends it.")
         _wait_for_signal()
     finally:
-        serve.shutdown()
+        if os.environ.get("RAY_ADDRESS"):
+            serve.delete(name)  # other applications of the cluster are none of our business
+        else:
+            serve.shutdown()
         ray.shutdown()
 
 

@@ -1,6 +1,5 @@
 """Fine-tunes the backbone with Ray Train; a new driver goes on from the last checkpoint."""
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.job import Job, main
+from reasonembed.artifacts import append_json_line, digest, json_lines
 from reasonembed.config import TrainConfig, TrainRuntime
 from reasonembed.models import resolve
 from reasonembed.redapter.batches import BatchPlan, samples_from_rows
@@ -44,7 +44,7 @@ def _worker(payload: dict[str, _Payload]) -> None:
         # A report is a barrier of all workers, so it is made where a checkpoint is, not each step.
         if done % work.runtime.checkpoint_every == 0 or done == work.steps:
             saved = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None
-            ray.train.report(metrics, checkpoint=saved)
+            ray.train.report(metrics, checkpoint=saved, delete_local_checkpoint_after_upload=True)
 
     def start(resume_from: Path | None) -> None:
         train_loop(
@@ -75,27 +75,23 @@ class TrainLog:
 
     def append(self, metrics: Metrics) -> None:
         """Adds a step."""
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+        append_json_line(self._path, dict(metrics))
 
     def steps(self) -> list[dict[str, Any]]:
         """The log in order of steps."""
-        if not self._path.is_file():
-            return []
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        by_step = {row["step"]: row for row in map(json.loads, lines)}
+        by_step = {row["step"]: row for row in json_lines(self._path)}
         return [by_step[step] for step in sorted(by_step)]
 
 
 def run(job: Job) -> dict[str, Any]:
     """Writes `train/adapter`."""
     directory = job.run.directory("train")
+    config, runtime = job.run.config.train, job.run.config.runtime.train
+    samples = samples_from_rows(job.run.artifact("samples").read().to_pylist())
+    steps = BatchPlan(samples, config).total_steps  # refuses what cannot be trained on
     job.run.begin("train", directory)
     if (finished := directory.finished()) is not None:
         return finished
-    config, runtime = job.run.config.train, job.run.config.runtime.train
-    samples = samples_from_rows(job.run.artifact("samples").read().to_pylist())
-    steps = BatchPlan(samples, config).total_steps
     log = TrainLog(job.run.dir / "train" / "log.jsonl")
     payload = _Payload(config, runtime, job.run, steps)
     with job.reporter.watching("train", total=steps, done=lambda: len(log.steps()), unit="steps"):
@@ -104,7 +100,12 @@ def run(job: Job) -> dict[str, Any]:
     adapter = job.run.dir / "train" / "adapter"
     result.checkpoint.to_directory(str(adapter))
     last = log.steps()[-1]
-    summary = {"samples": len(samples), "steps": steps, "loss": round(last["loss"], 4)}
+    summary = {
+        "samples": len(samples),
+        "steps": steps,
+        "loss": round(last["loss"], 4),
+        "adapter": digest(adapter / "adapter_model.safetensors"),
+    }
     directory.finish(summary)
     return summary
 

@@ -4,7 +4,8 @@
     <artifact>/_commits/<part>.json     what the part holds; written after the data is on disk
     <artifact>/_stage.json              the identity that made it: configuration, prompts, inputs
 
-Exactly once, by construction: readers see committed parts only and take the newest row of a key;
+Exactly once, by construction: readers see committed parts only and take one row of a key, the first
+that is ok (a straggler's later row never replaces what other stages have used), else the newest;
 a stage started again computes planned keys minus committed keys. The order "data, then commit" is
 what makes a kill at any moment harmless.
 """
@@ -19,7 +20,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,15 @@ class StageDirectory:
     def begin(self, identity: dict[str, Any], *, version: str = "") -> None:
         """Claims the directory for `identity`, or checks that it already belongs to it.
 
+        A directory that holds no result yet changes hands: a mistake in the configuration that
+        showed before anything was made costs nothing.
+
         Raises:
             DriftError: It was made with another identity; the fields that differ are named.
             StorageError: The directory cannot be written.
         """
         stored = self.stage()
-        if stored is None:
+        if stored is None or (stored.identity != identity and self._is_empty()):
             stage = Stage(name=self.name, identity=identity, version=version)
             self._write(f"{self._root}/{_STAGE}", _json(asdict(stage)))
             return
@@ -95,6 +99,10 @@ class StageDirectory:
         """The identity that made this; None where nothing was begun."""
         raw = self._record(f"{self._root}/{_STAGE}")
         return None if raw is None else Stage(**raw)
+
+    def _is_empty(self) -> bool:
+        found = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
+        return all(info.base_name == _STAGE for info in found)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the stage as done, with what is worth knowing about it (counts, figures)."""
@@ -201,6 +209,9 @@ class Artifact(StageDirectory):
         self._write(f"{self._root}/_commits/{part}.json", _json(asdict(record)))
         return record
 
+    def _is_empty(self) -> bool:
+        return not self.commits() and self.finished() is None
+
     # ---- reading ----------------------------------------------------------------------------
 
     def commits(self) -> list[Commit]:
@@ -215,16 +226,17 @@ class Artifact(StageDirectory):
         return sorted(records, key=lambda record: (record.committed_at_ns, record.part))
 
     def read(self, *, columns: list[str] | None = None) -> pa.Table:
-        """Committed rows, the newest of each key, sorted by key.
+        """Committed rows, one of each key (see above), sorted by key.
 
         Raises:
             StorageError: A committed part is missing or has lost rows.
         """
-        wanted = list(dict.fromkeys([*self.key, *(columns or self.schema.names)]))
+        status = ["status"] if "status" in self.schema.names else []
+        wanted = list(dict.fromkeys([*self.key, *status, *(columns or self.schema.names)]))
         parts = [self._read_part(commit, wanted) for commit in self.commits()]
         schema = pa.schema([self.schema.field(name) for name in wanted])
-        table = _newest(pa.concat_tables(parts) if parts else schema.empty_table(), self.key)
-        return table.select(columns) if columns else table
+        table = _one_a_key(pa.concat_tables(parts) if parts else schema.empty_table(), self.key)
+        return table.select(columns or self.schema.names)
 
     def keys(self, *, retry: Collection[str] = ()) -> set[str]:
         """Keys that need no computation: committed, and not of a status to be retried."""
@@ -244,14 +256,19 @@ class Artifact(StageDirectory):
         )
 
     def statuses(self) -> Counter[str]:
-        """Rows by status, after the newest row of each key has been taken."""
+        """Rows by status, one row a key."""
         if "status" not in self.schema.names:
             return Counter({"ok": len(self.keys())})
         return Counter(self.read(columns=["status"]).column("status").to_pylist())
 
-    def content(self) -> str:
-        """Hash of everything committed; for stages whose result depends on the whole input."""
-        return stable_hash(*sorted(commit.content_digest for commit in self.commits()), size=16)
+    def content(self, *, columns: list[str] | None = None) -> str:
+        """Hash of the rows that `read` gives; for stages whose result depends on the whole input.
+
+        Parts, their sizes and rows that have been replaced do not matter.
+        """
+        sink = pa.BufferOutputStream()
+        pq.write_table(self.read(columns=columns), sink)
+        return hashlib.blake2b(sink.getvalue(), digest_size=16).hexdigest()
 
     def _keys(self, table: pa.Table) -> list[str]:
         columns = [table.column(name).to_pylist() for name in self.key]
@@ -278,6 +295,30 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
+def digest(file: Path) -> str:
+    """Short hash of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()[:16]
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a log that processes append to; a line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            found.append(dict(json.loads(line)))
+    return found
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Appends one object; begins on a line of its own even if the last writer was killed."""
+    with path.open("ab") as stream:
+        torn = stream.tell() > 0 and path.read_bytes()[-1:] != b"\n"
+        stream.write(b"\n" * torn + json.dumps(value, ensure_ascii=False).encode() + b"\n")
+
+
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Holds a run directory for one driver; the kernel lets go when the process dies.
@@ -298,13 +339,16 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _newest(table: pa.Table, key: tuple[str, ...]) -> pa.Table:
+def _one_a_key(table: pa.Table, key: tuple[str, ...]) -> pa.Table:
+    """The first ok row of each key, else the newest; rows without a status count as ok."""
     position = pa.array(range(table.num_rows), pa.int64())
-    newest = (
-        table.append_column("__row", position).group_by(list(key)).aggregate([("__row", "max")])
-    )
-    order = newest.sort_by([(name, "ascending") for name in key])
-    return _take(table, order.column("__row_max"))
+    good = position
+    if "status" in table.column_names:
+        good = pc.if_else(pc.equal(table.column("status"), "ok"), position, None)
+    numbered = table.append_column("__row", position).append_column("__good", good)
+    found = numbered.group_by(list(key)).aggregate([("__row", "max"), ("__good", "min")])
+    order = found.sort_by([(name, "ascending") for name in key])
+    return _take(table, pc.coalesce(order.column("__good_min"), order.column("__row_max")))
 
 
 def _take(table: pa.Table, rows: pa.ChunkedArray) -> pa.Table:

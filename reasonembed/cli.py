@@ -17,7 +17,7 @@ from rich.table import Table
 from reasonembed import __version__
 from reasonembed.config import load
 from reasonembed.errors import ConfigError, explain, is_expected
-from reasonembed.run import STAGES, Run
+from reasonembed.run import STAGES, Run, statuses_from
 from reasonembed.schemas import Status
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ def run(
     from ray_jobs.pipeline import run_stages, selected
 
     stages = selected(first, last)
-    again = _statuses(retry)
+    again = statuses_from(retry)
 
     def prepare(target: Run) -> None:
         if fresh:
@@ -76,7 +76,9 @@ def status(run_dir: RunDir) -> None:
     for stage in STAGES:
         rows, failed = _rows(target, stage)
         took = f"{seconds[stage]:.0f} s" if stage in seconds else ""
-        table.add_row(stage, outcome.get(stage, "not run"), rows, failed, took)
+        begun = any(output.stage() for output in target.outputs(stage))
+        state = outcome.get(stage, "begun") if begun else "not run"
+        table.add_row(stage, state, rows, failed, took if begun else "")
     _out.print(table)
 
 
@@ -133,7 +135,12 @@ def serve(
     """Hosts the exported model: POST /v1/embeddings, GET /v1/models, GET /health."""
     from ray_jobs.serve import serve_model
 
-    serve_model(run_dir, host=host, port=port, say=_out.print)
+    serve_model(
+        run_dir,
+        host=host,
+        port=port,
+        say=lambda line: _out.print(line, markup=False, soft_wrap=True),
+    )
 
 
 @app.command()
@@ -152,14 +159,6 @@ def _rows(target: Run, stage: str) -> tuple[str, str]:
     return f"{total:,}", f"{total - ok:,}" if total != ok else ""
 
 
-def _statuses(text: str) -> frozenset[str]:
-    wanted = frozenset(filter(None, text.split(",")))
-    known = {str(status) for status in Status} - {str(Status.OK)}
-    if unknown := wanted - known:
-        raise ConfigError(f"--retry {sorted(unknown)}: statuses are {', '.join(sorted(known))}")
-    return wanted
-
-
 def main() -> None:
     """Entry point: an error of ours becomes one message and an exit code (see `errors`)."""
     try:
@@ -167,7 +166,7 @@ def main() -> None:
     except Exception as error:  # the process boundary
         message, code = explain(error)
         Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
-        if not is_expected(error) and "ray_jobs.job" not in sys.modules:
+        if not is_expected(error):
             raise
         sys.exit(code)
 

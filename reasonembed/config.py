@@ -194,6 +194,7 @@ class RewriteConfig(LLMStageConfig):
 
     sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=0.95, max_tokens=512)
     keep_query: bool = True
+    opening: str = Field("", description="words that every reasoning is made to begin with")
 
 
 class AssembleConfig(Strict):
@@ -274,16 +275,27 @@ class PoolConfig(Strict):
     batch_rows: Positive = 32
     num_cpus: Annotated[float, Field(ge=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
-    threads: Positive | None = Field(None, description="threads of the maths library, each actor")
-    overlap: Positive = Field(
-        1, description="blocks that an actor of an asynchronous engine takes at once"
-    )
 
     @model_validator(mode="after")
     def _grows(self) -> PoolConfig:
         if self.min_actors > self.max_actors:
             raise ValueError(f"min_actors {self.min_actors} > max_actors {self.max_actors}")
         return self
+
+
+class LLMPool(PoolConfig):
+    """A pool of actors that each hold an LLM engine."""
+
+    overlap: Positive = Field(
+        1, description="blocks that an actor of an asynchronous engine takes at once"
+    )
+
+
+class EmbedPool(PoolConfig):
+    """A pool of actors that each hold an embedder."""
+
+    batch_rows: Positive = 256
+    threads: Positive | None = Field(None, description="threads of the maths library, each actor")
 
 
 class EngineRuntime(Strict):
@@ -303,7 +315,11 @@ class EngineRuntime(Strict):
 
 
 class TrainRuntime(Strict):
-    """Workers of the training stage."""
+    """Workers of the training stage.
+
+    With dropout, the number of workers and `chunk_texts` decide which masks are drawn from the
+    same seed, as another seed would; without it they change a result by rounding alone.
+    """
 
     num_workers: Positive = 1
     use_gpu: bool = False
@@ -329,10 +345,10 @@ class ServeRuntime(Strict):
 class RuntimeConfig(Strict):
     """Where and how many; changing anything here changes no result."""
 
-    generate: PoolConfig = PoolConfig()
-    embed: PoolConfig = PoolConfig(batch_rows=256)
-    annotate: PoolConfig = PoolConfig(batch_rows=64)
-    rewrite: PoolConfig = PoolConfig()
+    generate: LLMPool = LLMPool()
+    embed: EmbedPool = EmbedPool()
+    annotate: LLMPool = LLMPool()
+    rewrite: LLMPool = LLMPool()
     engine: EngineRuntime = EngineRuntime()
     train: TrainRuntime = TrainRuntime()
     serve: ServeRuntime = ServeRuntime()
@@ -345,7 +361,7 @@ class RuntimeConfig(Strict):
 class RunConfig(Strict):
     """A whole run: corpus → queries → judgments → samples → model → metrics."""
 
-    run_dir: str
+    run_dir: str = Field(description="a folder; on a cluster one that all nodes see")
     corpus: CorpusConfig
     plan: PlanConfig = PlanConfig()
     generate: GenerateConfig
@@ -360,6 +376,8 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _across_stages(self) -> RunConfig:
+        if "://" in self.run_dir:
+            raise ValueError(f"run_dir {self.run_dir!r} must be a folder, not an address")
         if self.assemble.rule == "rank" and self.annotate.label_from != "expected":
             raise ValueError(
                 "assemble.rule 'rank' orders by expected labels, but annotate.label_from is "

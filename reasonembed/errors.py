@@ -67,5 +67,17 @@ def _known(error: BaseException | None) -> ReasonEmbedError | None:
         seen.add(id(error))
         if isinstance(error, ReasonEmbedError):
             return error
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+        error = _inner(error)
+    return None
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    """What an error wraps: Ray Train keeps its workers' errors in a mapping, Ray one in `cause`."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return next(iter(failures.values()), None)
+    for name in ("cause", "controller_failure", "__cause__", "__context__"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return inner
     return None

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -91,14 +92,18 @@ def resolve(name: str, *, cache_dir: str | None = None) -> Path:
 
 
 def weights_fingerprint(path: Path) -> str:
-    """Identifies weights and tokenizer by content: config.json, tokenizer.json, *.safetensors.
+    """Identifies weights, tokenizer and chat template by content.
+
+    The version of transformers that wrote `config.json` is left out: the same weights converted on
+    another machine are the same weights.
 
     Memoised by path, size and modification time.
 
     Raises:
         ModelError: The folder holds no config.json or no safetensors file.
     """
-    files = [path / "config.json", path / "tokenizer.json", *sorted(path.glob("*.safetensors"))]
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    files = [*(path / name for name in names), *sorted(path.glob("*.safetensors"))]
     present = [file for file in files if file.is_file()]
     if not files[0].is_file() or present[-1].suffix != ".safetensors":
         raise ModelError(f"{path} holds no config.json or no *.safetensors; convert the weights")
@@ -109,10 +114,16 @@ def weights_fingerprint(path: Path) -> str:
 @lru_cache(maxsize=64)
 def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
     total = hashlib.blake2b(digest_size=16)
-    for file, size, _ in files:
-        with Path(file).open("rb") as stream:
-            content = hashlib.file_digest(stream, "blake2b").hexdigest()
-        total.update(f"{Path(file).name}\x1f{size}\x1f{content}\x1e".encode())
+    for name, _, _ in files:
+        file = Path(name)
+        if file.name == "config.json":
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings.pop("transformers_version", None)
+            content = json.dumps(settings, sort_keys=True)
+        else:
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "blake2b").hexdigest()
+        total.update(f"{file.name}\x1f{content}\x1e".encode())
     return total.hexdigest()
 
 

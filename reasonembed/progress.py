@@ -56,9 +56,10 @@ class Reporter:
                 if line := watch.line():
                     self.say(line)
             return
-        with self.console.status("") as status:
+        with self.console.status(f"  {watch.label} starting …") as status:
             while not stop.wait(self._interval_s):
-                status.update(watch.line() or f"{watch.label} starting …")
+                if line := watch.line():
+                    status.update(line)
 
 
 class _Watch:

@@ -6,7 +6,7 @@ Knows nothing of Ray: the command line reads a run with it, the jobs write one.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +19,21 @@ from typing import Any
 import yaml
 
 from reasonembed import __version__, tasks
-from reasonembed.artifacts import Artifact, StageDirectory, differences
+from reasonembed.artifacts import (
+    Artifact,
+    StageDirectory,
+    append_json_line,
+    differences,
+    json_lines,
+)
 from reasonembed.config import EncoderConfig, LLMConfig, RunConfig, flatten, parse
 from reasonembed.corpus import PYTHON_STDLIB, CorpusStore
 from reasonembed.errors import ConfigError
 from reasonembed.evaluation.datasets import Collection, load_collection
 from reasonembed.models import resolve, weights_fingerprint
 from reasonembed.remixer.answers import prompt_fingerprint
-from reasonembed.schemas import embeddings, stable_hash
+from reasonembed.remixer.assemble import JUDGED_COLUMNS
+from reasonembed.schemas import ARTIFACTS, Status, embeddings, stable_hash
 
 STAGES = (
     "corpus",
@@ -52,6 +59,11 @@ _KINDS = {
     "rewrite": "rewrites",
     "assemble": "samples",
 }
+_VECTORS = {
+    "embed": ("miner-documents", "miner-queries"),
+    "audit": ("miner-evaluation",),
+    "evaluate": ("miner-evaluation", "backbone-*", "trained-*"),
+}
 _NOT_RESULT = ("max_failed_share", "audit_queries")  # gates and extras: they change no row
 
 
@@ -69,7 +81,8 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.dir = Path(config.run_dir)
+        # Absolute, because workers do not share the driver's working directory.
+        self.dir = Path(config.run_dir).absolute()
 
     @classmethod
     def existing(cls, run_dir: str | Path) -> Run:
@@ -85,17 +98,25 @@ class Run:
         return cls(parse(data | {"run_dir": str(run_dir)}, where=str(file)))
 
     def save_config(self) -> None:
-        """Writes the resolved configuration beside the artifacts."""
+        """Writes the resolved configuration beside the artifacts, whole or not at all."""
         text = yaml.safe_dump(
             self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
         )
-        (self.dir / "config.resolved.yaml").write_text(text, encoding="utf-8")
+        scratch = self.dir / f".config-{os.getpid()}.yaml"
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(self.config_file)
+
+    @property
+    def config_file(self) -> Path:
+        """Where the resolved configuration lies."""
+        return self.dir / "config.resolved.yaml"
 
     # ---- places -----------------------------------------------------------------------------
 
     def artifact(self, kind: str) -> Artifact:
         """A declared artifact of this run: `corpus`, `seeds`, `queries`, ... or `audit`."""
-        return Artifact.declared(self.dir / kind, "judgments" if kind == "audit" else kind)
+        declared = ARTIFACTS["judgments" if kind == "audit" else kind]
+        return Artifact(self.dir / kind, schema=declared.schema, key=declared.key, name=kind)
 
     def vectors(self, encoder: str, content: str, *, dimension: int) -> Artifact:
         """Vectors of `content` (documents, queries, evaluation) by an encoder of `Encoders`."""
@@ -113,16 +134,17 @@ class Run:
             out: list[StageDirectory] = [self.directory(stage)]
         else:
             out = [] if stage == "embed" else [self.artifact(_KINDS.get(stage, stage))]
-        for pattern in {"embed": ("miner-*",), "evaluate": ("backbone-*", "trained-*")}.get(
-            stage, ()
-        ):
+        for pattern in _VECTORS.get(stage, ()):
             folders = sorted((self.dir / "embeddings").glob(pattern))
             out += [StageDirectory(folder, name=folder.name) for folder in folders]
         return out
 
     def discard_from(self, stage: str) -> None:
-        """Deletes what `stage` and all stages after it have written."""
-        for later in STAGES[STAGES.index(stage) :]:
+        """Deletes what `stage` and all stages after it have written.
+
+        The last stage first: killed half way, no stage is left that was made from what is gone.
+        """
+        for later in reversed(STAGES[STAGES.index(stage) :]):
             for output in self.outputs(later):
                 output.discard()
 
@@ -212,8 +234,17 @@ class Run:
             stage = artifact.stage()
             found[f"input.{kind}"] = stage.fingerprint if stage else "(not made yet)"
             if content:
-                found[f"input.{kind}.content"] = artifact.content()
+                columns = JUDGED_COLUMNS if kind == "judgments" else None
+                found[f"input.{kind}.content"] = artifact.content(columns=columns)
         return found
+
+    def _made(self, stage: str) -> dict[str, Any]:
+        """Identity of a stage that is one result, and what it says of that result."""
+        directory = self.directory(stage)
+        begun, done = directory.stage(), directory.finished()
+        if begun is None or done is None:
+            return {f"input.{stage}": "(not made yet)"}
+        return {f"input.{stage}": begun.fingerprint, f"input.{stage}.content": stable_hash(done)}
 
     def _llm(self, name: str, llm: LLMConfig) -> dict[str, Any]:
         weights = llm.model
@@ -233,15 +264,11 @@ class Run:
             note["outcome"] = "done"
         finally:
             note["seconds"] = round(time.time() - note["started"], 2)
-            with (self.dir / "timeline.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(note) + "\n")
+            append_json_line(self.dir / "timeline.jsonl", note)
 
     def timeline(self) -> list[dict[str, Any]]:
         """Every attempt of every stage, in order."""
-        file = self.dir / "timeline.jsonl"
-        if not file.is_file():
-            return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return json_lines(self.dir / "timeline.jsonl")
 
 
 def _corpus(run: Run) -> dict[str, Any]:
@@ -282,9 +309,14 @@ def _annotate(run: Run) -> dict[str, Any]:
 
 def _audit(run: Run) -> dict[str, Any]:
     config = run.config.annotate
-    inputs = {"collection": run.collection.fingerprint()} | run._inputs("corpus")
-    queries = {"audit_queries": config.audit_queries}
-    return run._settings("annotate") | run._llm("annotate", config.llm) | inputs | queries
+    # The miner chooses the pairs. How many queries is no matter: more of them are a superset.
+    miner = {
+        f"miner.{key}": value
+        for key, value in run.encoder_identity(run.config.mine.encoder).items()
+    }
+    inputs = {"collection": run.collection.fingerprint(), "instruction": run.instruction}
+    llm = run._llm("annotate", config.llm)
+    return run._settings("annotate") | llm | miner | inputs | run._inputs("corpus")
 
 
 def _rewrite(run: Run) -> dict[str, Any]:
@@ -303,19 +335,12 @@ def _train(run: Run) -> dict[str, Any]:
 
 
 def _export(run: Run) -> dict[str, Any]:
-    trained = run.directory("train").stage()
-    made = trained.fingerprint if trained else "(not made yet)"
-    return run._settings("export") | {"input.train": made, "instruction": run.instruction}
+    return run._settings("export") | {"instruction": run.instruction} | run._made("train")
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
-    exported = run.directory("export").stage()
-    made = exported.fingerprint if exported else "(not made yet)"
-    return (
-        run._settings("evaluate")
-        | {"input.export": made, "collection": run.collection.fingerprint()}
-        | run._inputs("corpus")
-    )
+    inputs = {"collection": run.collection.fingerprint()} | run._inputs("corpus")
+    return run._settings("evaluate") | inputs | run._made("export")
 
 
 _IDENTITIES: dict[str, Callable[[Run], dict[str, Any]]] = {
@@ -331,3 +356,16 @@ _IDENTITIES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "export": _export,
     "evaluate": _evaluate,
 }
+
+
+def statuses_from(text: str) -> frozenset[str]:
+    """Reads `error,truncated`: which failed rows are to be computed again.
+
+    Raises:
+        ConfigError: One of them is no status of a failed row.
+    """
+    wanted = frozenset(filter(None, text.split(",")))
+    known = {str(status) for status in Status} - {str(Status.OK)}
+    if unknown := wanted - known:
+        raise ConfigError(f"--retry {sorted(unknown)}: statuses are {', '.join(sorted(known))}")
+    return wanted

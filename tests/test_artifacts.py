@@ -124,11 +124,24 @@ class TestCommits:
                 artifact.commit("p1", ok("q1"))
         assert artifact.keys() == set()
 
-    def test_the_newest_row_of_a_key_wins(self, artifact):
+    def test_the_first_good_row_of_a_key_stays(self, artifact):
+        """A straggler of a killed attempt must not replace what later stages have used."""
         artifact.commit("p9", ok("q1", "q2", text="old"))
+        content = artifact.content()
         artifact.commit("p1", ok("q2", "q3", text="new"))
-        assert texts(artifact) == {"q1": "old", "q2": "new", "q3": "new"}
+        assert texts(artifact) == {"q1": "old", "q2": "old", "q3": "new"}
         assert artifact.statuses() == {"ok": 3}
+        artifact.commit("p2", rows({"q1": "error"}))
+        assert texts(artifact)["q1"] == "old"
+        assert artifact.content() != content
+
+    def test_content_is_of_the_rows_that_are_read_and_not_of_the_parts(self, artifact, tmp_path):
+        other = Artifact.declared(tmp_path / "other", "rewrites")
+        artifact.commit("all", ok("q1", "q2", text="x"))
+        other.commit("b", ok("q2", text="x"))
+        other.commit("a", ok("q1", text="x"))
+        other.commit("late", ok("q1", text="straggler"))
+        assert artifact.content() == other.content()
 
     def test_a_part_that_is_committed_again_replaces_itself(self, artifact):
         artifact.commit("p1", ok("q1", "q2", text="first"))
@@ -247,6 +260,7 @@ class TestIdentity:
 
     def test_another_identity_is_refused_with_both_values_of_each_field(self, artifact):
         artifact.begin(IDENTITY)
+        artifact.commit("p1", ok("q1"))
         changed = IDENTITY | {"generate.seed": 43, "prompt": "new"}
         del changed["weights"]
         with pytest.raises(DriftError) as caught:
@@ -258,6 +272,17 @@ class TestIdentity:
         assert "lengths" not in message
         assert "--fresh" in message
         assert artifact.stage().identity == IDENTITY
+
+    def test_a_directory_without_a_result_changes_hands(self, artifact, tmp_path):
+        """A wrong path or a limit that was too low shows before anything has been made."""
+        directory = StageDirectory(tmp_path / "train", name="train")
+        for output in (artifact, directory):
+            output.begin(IDENTITY)
+            output.begin({"another": 1})
+            assert output.stage().identity == {"another": 1}
+            output.finish({})
+            with pytest.raises(DriftError):
+                output.begin(IDENTITY)
 
     def test_differences_of_equal_identities(self):
         assert differences(IDENTITY, dict(IDENTITY)) == []
@@ -518,7 +543,7 @@ class ExactlyOnce(RuleBasedStateMachine):
     def commit(self, keys, status):
         part, table, made = self._write(keys, status)
         self.artifact.commit(part, table)
-        self.expected |= made
+        self.keep(made)
 
     @rule(keys=subsets, status=row_statuses, folder=st.sampled_from(["data", "_commits"]))
     def crash(self, keys, status, folder):
@@ -543,12 +568,16 @@ class ExactlyOnce(RuleBasedStateMachine):
         for start in range(0, len(todo), size):
             part, table, made = self._write(todo[start : start + size], "ok")
             self.artifact.commit(part, table)
-            self.expected |= made
+            self.keep(made)
         assert self.artifact.read().column("query_id").to_pylist() == KEYS
         assert self.artifact.missing(planned).num_rows == 0
 
+    def keep(self, made):
+        good = {key for key, (status, _) in self.expected.items() if status == "ok"}
+        self.expected |= {key: row for key, row in made.items() if key not in good}
+
     @invariant()
-    def every_committed_key_stands_there_once_with_its_newest_row(self):
+    def every_committed_key_stands_there_once_with_its_first_good_or_newest_row(self):
         if not hasattr(self, "expected"):
             return
         found = self.artifact.read().to_pylist()

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import typing
 from pathlib import Path
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import reasonembed.run as run_module
+from reasonembed.artifacts import StageDirectory
 from reasonembed.config import LengthBucket, RunConfig, RuntimeConfig, flatten, parse
 from reasonembed.errors import ConfigError, DriftError
 from reasonembed.remixer.answers import prompt_template
@@ -141,9 +143,9 @@ def test_every_setting_that_decides_a_result_changes_its_identity(path):
     differ = {stage for stage in IDENTIFIED if before[stage] != after[stage]}
     stage = path[0]
     if path == ("annotate", "audit_queries"):
-        assert differ == {"audit"}  # how much is audited says nothing about the judgments
+        assert differ == set()  # a longer audit adds rows, it changes none
     elif path[:2] == ("evaluate", "instruction"):
-        assert differ == {"evaluate", "export"}  # it travels with the model
+        assert {"export", "audit"} <= differ  # it travels with the model and chooses pairs
     else:
         assert OWN_STAGE.get(stage, {stage}) <= differ
 
@@ -174,7 +176,7 @@ def test_a_gate_changes_no_identity(path):
     ("changed", "stages"),
     [
         ("llm", {"generate", "annotate", "audit", "rewrite"}),
-        ("miner", {"mine"}),
+        ("miner", {"mine", "audit"}),
         ("backbone", {"train"}),
     ],
 )
@@ -228,7 +230,9 @@ class TestInputs:
 
     def test_a_stage_begins_once_for_a_configuration(self, tmp_path):
         run = Run(config(tmp_path))
-        run.begin("corpus", run.artifact("corpus"))
+        corpus = run.artifact("corpus")
+        run.begin("corpus", corpus)
+        corpus.finish({})
         changed = Run(replace_leaf(run.config, ("corpus", "limit"), 10))
         with pytest.raises(DriftError, match=r"corpus\.limit: made with None, now 10"):
             changed.begin("corpus", changed.artifact("corpus"))
@@ -287,6 +291,29 @@ class TestDirectory:
         assert run.artifact("corpus").stage() is not None
         for output in (run.artifact("seeds"), run.artifact("queries"), vectors, directory):
             assert output.stage() is None
+
+    def test_a_discard_that_is_killed_leaves_nothing_made_from_what_is_gone(
+        self, tmp_path, monkeypatch
+    ):
+        kinds = ("seeds", "queries", "candidates", "judgments", "rewrites", "samples")
+        for survivors in range(len(kinds)):
+            run = Run(config(tmp_path / str(survivors)))
+            for kind in kinds:
+                run.artifact(kind).begin({"kind": kind})
+            left = [len(kinds) - survivors]
+
+            def discard(self, left=left, real=StageDirectory.discard):
+                if self.stage() is not None:
+                    if left[0] == 0:
+                        raise KeyboardInterrupt
+                    left[0] -= 1
+                real(self)
+
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(StageDirectory, "discard", discard)
+                run.discard_from("plan")
+            alive = [run.artifact(kind).stage() is not None for kind in kinds]
+            assert alive == sorted(alive, reverse=True), "a later stage outlived an earlier one"
 
     def test_every_stage_has_an_output(self, tmp_path):
         run = Run(config(tmp_path))

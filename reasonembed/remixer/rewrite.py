@@ -51,10 +51,17 @@ class Rewriter:
             query=cut_words(row["query"], self._config.max_document_words),
         )
         seed = row_seed(self._config.seed, row["query_id"], "rewrite")
-        return Request(f"{row['query_id']}|rewrite", prompt, self._config.sampling, seed)
+        return Request(
+            f"{row['query_id']}|rewrite",
+            prompt,
+            self._config.sampling,
+            seed,
+            prefill=self._config.opening,
+        )
 
     def _row(self, row: dict[str, Any], request: Request, answer: Completion) -> dict[str, Any]:
-        reasoning, outcome = clean(answer.text), verdict(answer)
+        reasoning = clean(self._config.opening + answer.text) if answer.text else ""
+        outcome = verdict(answer)
         if outcome.status == Status.TRUNCATED and last_sentence_end(reasoning):
             # Reasoning that stops at its budget is whole up to its last sentence.
             reasoning, outcome = last_sentence_end(reasoning), Verdict(Status.OK, outcome.detail)

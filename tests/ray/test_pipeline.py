@@ -70,11 +70,13 @@ def test_scorecard_holds_all_systems(run):
 def test_running_again_computes_nothing(tiny, run):
     folder, config, _ = tiny
     before = requests_noted(folder)
-    contents = {kind: run.artifact(kind).content() for kind in ("queries", "judgments", "samples")}
+    made = {file: file.stat().st_mtime_ns for file in run.dir.rglob("_commits/*.json")}
+    trained = (run.dir / "train" / "log.jsonl").read_bytes()
     done = reasonembed("run", str(config))
     assert done.returncode == 0, done.stdout + done.stderr
     assert requests_noted(folder) == before
-    assert contents == {kind: run.artifact(kind).content() for kind in contents}
+    assert made == {file: file.stat().st_mtime_ns for file in run.dir.rglob("_commits/*.json")}
+    assert trained == (run.dir / "train" / "log.jsonl").read_bytes()
 
 
 def test_another_configuration_is_refused_by_field(tiny):
@@ -96,7 +98,7 @@ def test_where_it_runs_is_no_other_configuration(tiny):
 def test_status_stale_trace_and_report(tiny, run):
     _, config, _ = tiny
     shown = reasonembed("status", str(run.dir)).stdout
-    assert "judgments" not in shown and "annotate" in shown and "96" in shown
+    assert "judgments" not in shown and "│ annotate  │ done  │ 96 " in shown
     assert "Nothing is stale" in reasonembed("why-stale", str(run.dir)).stdout
     changed = reasonembed(
         "why-stale", str(run.dir), "--config", str(config), "--set", "rewrite.keep_query=false"

@@ -59,7 +59,7 @@ def url(run):
 
 
 def over_http(url, texts, **fields):
-    body = json.dumps({"input": texts, **fields}).encode()
+    body = json.dumps({"model": "run", "input": texts, **fields}).encode()
     request = urllib.request.Request(
         f"{url}/v1/embeddings", body, {"Content-Type": "application/json"}
     )
@@ -114,4 +114,4 @@ def test_models_and_errors(url):
     with pytest.raises(urllib.error.HTTPError) as caught:
         over_http(url, [""])
     assert caught.value.code == 400
-    assert json.load(caught.value)["error"]["message"]
+    assert json.load(caught.value)["error"]["param"].startswith("input")

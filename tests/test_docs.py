@@ -1,0 +1,188 @@
+"""The pages under docs/ say what the code says: fields, columns, examples, links."""
+
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from reasonembed import config
+from reasonembed.schemas import ARTIFACTS
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def text(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def tables(page):
+    """(names in backticks of the heading, heading, rows of the tables below it)."""
+    for part in re.split(r"^#+ ", page, flags=re.MULTILINE)[1:]:
+        heading, _, body = part.partition("\n")
+        lines = [line for line in body.splitlines() if line.startswith("| `")]
+        cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+        rows = [[cell.strip().replace("\\|", "|") for cell in row] for row in cells]
+        yield re.findall(r"`([^`]+)`", heading), heading, rows
+
+
+def nested(annotation):
+    """The configuration class inside an annotation, and what its list adds to the path."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, ""
+    if typing.get_origin(annotation) is tuple:
+        return nested(typing.get_args(annotation)[0])[0], "[]"
+    return None, ""
+
+
+def sections(model=config.RunConfig, path=""):
+    """Every section of a configuration: its path and its class."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        inner, suffix = nested(field.annotation)
+        if inner:
+            yield from sections(inner, f"{path}.{name}{suffix}".lstrip("."))
+
+
+SECTIONS = dict(sections())
+
+
+def documented():
+    """Rows by path of section, as docs/configuration.md has them."""
+    found = {}
+    for names, heading, rows in tables(text("configuration.md")):
+        # Tables of another width say other things than fields.
+        fields = [row for row in rows if len(row) == 4]
+        for path in [""] if heading == "Top level" else names if fields else []:
+            assert path not in found, f"{path} is documented twice"
+            found[path] = fields
+    return found
+
+
+def facts(schema):
+    """What a field's type cell must say: its bounds and its choices."""
+    for key, value in schema.items():
+        if key in BOUNDS:
+            yield f"{BOUNDS[key]} {value:g}"
+        elif key == "enum":
+            yield from (f"`{choice}`" for choice in value)
+        elif key == "anyOf":
+            for option in value:
+                yield from facts(option)
+        elif key in ("items", "additionalProperties") and isinstance(value, dict):
+            yield from facts(value)
+        elif (key, value) == ("type", "null"):
+            yield "null"
+
+
+def default_of(field):
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, tuple):
+        return [item.model_dump(mode="json") for item in value]
+    return value
+
+
+def test_every_section_and_no_other_is_documented():
+    assert set(documented()) == set(SECTIONS)
+
+
+@pytest.mark.parametrize("path", SECTIONS, ids=lambda path: path or "top level")
+def test_every_field_of_a_section_and_no_other_is_documented(path):
+    names = [row[0].strip("`") for row in documented()[path]]
+    assert names == list(SECTIONS[path].model_fields)
+
+
+@pytest.mark.parametrize("path", SECTIONS, ids=lambda path: path or "top level")
+def test_types_ranges_and_defaults_are_those_of_the_code(path):
+    model = SECTIONS[path]
+    schema = model.model_json_schema()["properties"]
+    for name, kind, default, _ in documented()[path]:
+        field = model.model_fields[name.strip("`")]
+        for fact in facts(schema[name.strip("`")]):
+            # "> 0" must not be found in "≥ 0", nor "1" in "10".
+            assert re.search(rf"(?<!\S){re.escape(fact)}(?![\w.])", kind), (name, fact)
+        if field.is_required():
+            assert default == "required", name
+            continue
+        said = yaml.safe_load(default.strip("`"))
+        wanted = default_of(field)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            # A section says where it differs from its type's own defaults.
+            said = field.annotation(**said).model_dump(mode="json")
+        assert said == wanted, name
+
+
+def yaml_blocks():
+    return re.findall(r"```yaml\n(.*?)```", text("configuration.md"), re.DOTALL)
+
+
+def merged(base, patch):
+    if not isinstance(base, dict) or not isinstance(patch, dict):
+        return patch
+    return base | {key: merged(base.get(key), value) for key, value in patch.items()}
+
+
+def test_every_example_loads():
+    quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text("utf-8"))
+    assert len(yaml_blocks()) == 3
+    for block in yaml_blocks():
+        example = yaml.safe_load(block)
+        whole = example if "run_dir" in example else merged(quickstart, example)
+        config.parse(whole, where=block)
+
+
+def test_overrides_shown_are_taken():
+    shown = re.findall(r"--set (?:'([^']+)'|([^\s`'…]+))", text("configuration.md"))
+    overrides = [quoted or plain for quoted, plain in shown]
+    overrides = [one for one in overrides if not one.startswith("KEY")]
+    assert len(overrides) == 6
+    for one in overrides:
+        config.load(ROOT / "configs" / "quickstart.yaml", overrides=[one])
+
+
+def test_an_override_through_an_anchor_reaches_all_that_name_it():
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    shared = config.load(quickstart, overrides=["generate.llm.model=other"])
+    assert {shared.generate.llm.model, shared.annotate.llm.model, shared.rewrite.llm.model} == {
+        "other"
+    }
+    alone = config.load(quickstart, overrides=["annotate.llm={model: other}"])
+    assert (alone.annotate.llm.model, alone.generate.llm.model) == (
+        "other",
+        "smollm2-135m-instruct",
+    )
+
+
+def test_every_column_of_every_artifact_and_no_other_is_documented():
+    found = {}
+    for names, _, rows in tables(text("artifacts.md")):
+        for kind in set(names) & set(ARTIFACTS):
+            columns = [row for row in rows if len(row) == 4]
+            found.setdefault(kind, []).extend(
+                (name.strip("`"), column_type, null) for name, column_type, null, _ in columns
+            )
+    for kind, artifact in ARTIFACTS.items():
+        wanted = [
+            (field.name, _type_name(field.type), "yes" if field.nullable else "")
+            for field in artifact.schema
+        ]
+        assert sorted(found[kind]) == sorted(wanted), kind
+
+
+def _type_name(kind):
+    if str(kind).startswith("list<") and "struct" in str(kind):
+        return "list of struct"
+    return re.sub(r"list<\w+: (\w+)>", r"list of \1", str(kind)).replace("float", "float32")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
