@@ -443,7 +443,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
-        node = child
+        # A copy: a YAML alias is the same mapping, and only the named place is to change.
+        node[parent] = node = dict(child)
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
