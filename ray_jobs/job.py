@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +59,8 @@ def session(
             prepare(run)
         if not run.config_file.is_file():
             run.save_config()  # so that a run that fails at once can be looked at
-        join_or_start(run.config.runtime)
         try:
+            join_or_start(run.config.runtime)
             yield Job(run, Reporter(console), retry)
         finally:
             ray.shutdown()
@@ -73,14 +73,14 @@ def join_or_start(runtime: RuntimeConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        _check_resources(runtime)
         ray.init(
             address="local",
-            num_cpus=_logical_cpus(runtime),
+            num_cpus=runtime.logical_cpus or max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             object_store_memory=runtime.object_store_bytes,
             **quiet,
         )
+        _check_resources(runtime, ray.cluster_resources())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # A replayed task must give as many blocks as the first time; sampled text differs in length,
@@ -89,27 +89,27 @@ def join_or_start(runtime: RuntimeConfig) -> None:
     context.execution_options.preserve_order = False
 
 
-def _logical_cpus(runtime: RuntimeConfig) -> int:
-    return runtime.logical_cpus or max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
-
-
-def _check_resources(runtime: RuntimeConfig) -> None:
+def _check_resources(runtime: RuntimeConfig, have: Mapping[str, float]) -> None:
     """Refuses pools that this machine can never hold; Ray would wait for them without a word."""
-    cpus = _logical_cpus(runtime)
-    for name in ("generate", "embed", "annotate", "rewrite"):
-        pool = getattr(runtime, name)
-        # What reads and writes needs room beside the pool.
-        if pool.min_actors * pool.num_cpus >= cpus:
-            raise ConfigError(
-                f"runtime.{name}: {pool.min_actors} actors x {pool.num_cpus:g} CPUs leave nothing "
-                f"of this machine's {cpus} logical CPUs; lower them or raise runtime.logical_cpus"
-            )
     train = runtime.train
-    if train.num_workers * train.num_cpus >= cpus:
-        raise ConfigError(
-            f"runtime.train: {train.num_workers} workers x {train.num_cpus:g} CPUs leave nothing "
-            f"of this machine's {cpus} logical CPUs; lower them or raise runtime.logical_cpus"
-        )
+    wanted = {
+        name: (pool.min_actors * pool.num_cpus, pool.min_actors * pool.num_gpus)
+        for name in ("generate", "embed", "annotate", "rewrite")
+        if (pool := getattr(runtime, name))
+    }
+    wanted["train"] = (train.num_workers * train.num_cpus, train.num_workers * train.use_gpu)
+    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
+    for name, (num_cpus, num_gpus) in wanted.items():
+        if num_gpus > gpus:
+            raise ConfigError(
+                f"runtime.{name} asks for {num_gpus:g} GPUs, this machine has {gpus:g}; lower it, "
+                "or join a cluster by RAY_ADDRESS"
+            )
+        if num_cpus >= cpus:  # what reads and writes needs room beside the pool
+            raise ConfigError(
+                f"runtime.{name} asks for {num_cpus:g} CPUs and leaves nothing of this machine's "
+                f"{cpus:g} logical CPUs; lower it or raise runtime.logical_cpus"
+            )
 
 
 @contextmanager

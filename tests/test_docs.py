@@ -156,7 +156,6 @@ def test_an_override_changes_the_place_that_it_names_and_no_alias_of_it():
     assert changed.annotate.llm.max_model_len == changed.generate.llm.max_model_len
 
 
-
 def test_every_column_of_every_artifact_and_no_other_is_documented():
     found = {}
     for names, _, rows in tables(text("artifacts.md")):

@@ -146,7 +146,7 @@ def test_failed_rows_stay_rows_and_are_retried(tiny, tmp_path):
     assert f"query vectors: {ok}" in allowed.stdout
 
 
-def test_mistakes_are_answered_before_ray_starts(tiny, tmp_path):
+def test_mistakes_are_answered_before_work_starts(tiny, tmp_path):
     _, config, _ = tiny
     cases = {
         ("--set", "plan.min_chras=3"): "plan.min_chras: unknown key",
@@ -162,6 +162,13 @@ def test_mistakes_are_answered_before_ray_starts(tiny, tmp_path):
         "run", str(config), "--set", f"run_dir={tmp_path / 'r'}", "--set", "corpus.source=nowhere"
     )
     assert missing.returncode == 1 and "nowhere" in missing.stderr
+    for change, message in {
+        "runtime.annotate.num_gpus=1": "runtime.annotate asks for 1 GPUs, this machine has 0",
+        "runtime.train.num_workers=8": "runtime.train asks for 4 CPUs and leaves nothing",
+    }.items():
+        target = f"run_dir={tmp_path / 'r'}"
+        done = reasonembed("run", str(config), "--set", change, "--set", target)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
     blocked = tmp_path / "file"
     blocked.write_text("")
     done = reasonembed("run", str(config), "--set", f"run_dir={blocked / 'run'}")
