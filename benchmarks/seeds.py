@@ -16,6 +16,7 @@ from pathlib import Path
 from reasonembed.run import Run
 
 RESULT = Path(__file__).parent / "results" / "seeds.json"
+SYSTEMS = ("bm25", "miner", "before", "after")
 KEPT = ("corpus", "seeds", "queries", "candidates", "judgments", "audit", "rewrites", "samples")
 
 
@@ -33,9 +34,12 @@ def scores(run_dir: Path) -> dict[str, object]:
     run = Run.existing(run_dir)
     card = run.directory("evaluate").finished()
     assert card is not None, f"{run_dir} is not evaluated"
-    figures = {name: system["ndcg@10"] for name, system in card["systems"].items()}
-    interval = {key: card["comparison"][key] for key in ("low", "high", "p_value")}
-    return {"seed": run.config.train.seed, **figures, **interval}
+    row: dict[str, object] = {"seed": run.config.train.seed}
+    for metric, paired in (("ndcg@10", "comparison"), ("recall@100", "deep_comparison")):
+        row[metric] = {name: system[metric] for name, system in card["systems"].items()} | {
+            key: card[paired][key] for key in ("low", "high", "p_value")
+        }
+    return row
 
 
 def main() -> None:
@@ -48,10 +52,12 @@ def main() -> None:
         command = ["-m", "reasonembed.cli", "run", config, *changes, "--from", "train"]
         subprocess.run([sys.executable, *command], check=True)
         rows.append(scores(target))
-    print(f"{'seed':>6} {'BM25':>8} {'miner':>8} {'before':>8} {'after':>8}   after - before, 95 %")
-    for row in rows:
-        cells = " ".join(f"{row[name]:8.4f}" for name in ("bm25", "miner", "before", "after"))
-        print(f"{row['seed']:>6} {cells}   [{row['low']:+.4f}, {row['high']:+.4f}]")
+    for metric in ("ndcg@10", "recall@100"):
+        print(f"{metric:>10}     BM25    miner   before    after   after - before, 95 %")
+        for row in rows:
+            figures = row[metric]
+            cells = " ".join(f"{figures[name]:8.4f}" for name in SYSTEMS)
+            print(f"{row['seed']:>10} {cells}   [{figures['low']:+.4f}, {figures['high']:+.4f}]")
     RESULT.parent.mkdir(exist_ok=True)
     machine = f"{platform.machine()}, {platform.system()}, no accelerator"
     RESULT.write_text(json.dumps({"device": machine, "rows": rows}, indent=1) + "\n")

@@ -415,4 +415,4 @@ def _say(path: str, error: OSError, *, doing: str = "write") -> str:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True).encode()
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()

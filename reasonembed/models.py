@@ -91,11 +91,14 @@ def resolve(name: str, *, cache_dir: str | None = None) -> Path:
     return _from_hub(name)
 
 
+_HOW_IT_WAS_MADE = {"transformers_version", "local_files_only", "name_or_path", "_name_or_path"}
+
+
 def weights_fingerprint(path: Path) -> str:
     """Identifies weights, tokenizer and chat template by content.
 
-    The version of transformers that wrote `config.json` is left out: the same weights converted on
-    another machine are the same weights.
+    What the JSON files say of how they were written is left out: the same weights converted by
+    another machine, offline or not, are the same weights.
 
     Memoised by path, size and modification time.
 
@@ -116,10 +119,10 @@ def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name, _, _ in files:
         file = Path(name)
-        if file.name == "config.json":
+        if file.name in ("config.json", "tokenizer_config.json"):
             settings = json.loads(file.read_text(encoding="utf-8"))
-            settings.pop("transformers_version", None)
-            content = json.dumps(settings, sort_keys=True)
+            kept = {key: value for key, value in settings.items() if key not in _HOW_IT_WAS_MADE}
+            content = json.dumps(kept, sort_keys=True)
         else:
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "blake2b").hexdigest()

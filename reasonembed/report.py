@@ -834,7 +834,8 @@ def _evaluated(facts: _Facts) -> Html:
     return join(
         [
             table(["", *_METRICS.values(), "nDCG@10, of 1"], rows, align="lrrrrl"),
-            tag("p", _paired(card)),
+            tag("p", _paired(card, "comparison", "nDCG@10")),
+            tag("p", _paired(card, "deep_comparison", "recall@100")),
             *_movers(facts, card),
         ]
     )
@@ -845,10 +846,10 @@ def _score(value: float, best: float) -> object:
     return tag("strong", shown) if value == best else shown
 
 
-def _paired(card: dict[str, Any]) -> str:
-    paired = card["comparison"]
+def _paired(card: dict[str, Any], which: str, metric: str) -> str:
+    paired = card[which]
     return (
-        f"After minus before in nDCG@10, paired over {number(card['queries'])} queries: "
+        f"After minus before in {metric}, paired over {number(card['queries'])} queries: "
         f"{_signed(paired['mean_difference'])}, 95 % interval {_signed(paired['low'])} to "
         f"{_signed(paired['high'])} (bootstrap over queries), p = {number(paired['p_value'], 4)} "
         f"(two-sided randomisation test). Better in {paired['wins']} queries, equal in "

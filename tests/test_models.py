@@ -142,3 +142,20 @@ def test_packaged_smollm2_speaks():
     made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert "Paris" in tokenizer.decode(made[0])
     assert tokenizer.chat_template
+
+
+def test_fingerprint_ignores_how_the_files_were_written(tmp_path):
+    """Else a run could not go on with weights that another machine converted."""
+    prints = []
+    for number, volatile in enumerate(('"local_files_only": true', '"local_files_only": false')):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            f'{{"hidden_size": 2, "transformers_version": "{number}"}}'
+        )
+        (folder / "tokenizer_config.json").write_text(f'{{"eos_token": "x", {volatile}}}')
+        (folder / "model.safetensors").write_bytes(CONTENT)
+        prints.append(models.weights_fingerprint(folder))
+    assert prints[0] == prints[1]
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "y"}')
+    assert models.weights_fingerprint(folder) != prints[1]

@@ -11,6 +11,7 @@ from reasonembed.evaluation.datasets import Collection
 from reasonembed.evaluation.metrics import Run, evaluate_run
 
 METRIC = "ndcg@10"
+DEEP_METRIC = "recall@100"  # where a weak model's progress shows first
 SHOWN = ("ndcg@10", "recall@10", "recall@100", "recip_rank")
 
 
@@ -21,14 +22,19 @@ def scorecard(
 
     Returns:
         JSON values: `systems` (means by name), `per_query` (nDCG@10 by name and query),
-        `comparison` (system minus baseline, paired over queries), and the collection's name and
-        number of queries.
+        `comparison` and `deep_comparison` (system minus baseline, paired over queries, in nDCG@10
+        and in recall@100), and the collection's name and number of queries.
     """
     measured = {name: evaluate_run(run, collection.qrels) for name, run in runs.items()}
-    per_query = {
-        name: {query: figures[METRIC] for query, figures in metrics.per_query.items()}
-        for name, metrics in measured.items()
-    }
+
+    def by_query(name: str, metric: str) -> dict[str, float]:
+        return {query: figures[metric] for query, figures in measured[name].per_query.items()}
+
+    def paired(metric: str) -> dict[str, Any]:
+        pair = {"metric": metric, "system": system, "baseline": baseline}
+        found = compare(by_query(system, metric), by_query(baseline, metric), seed=seed)
+        return pair | asdict(found)
+
     return {
         "collection": collection.name,
         "queries": len(collection.queries),
@@ -37,11 +43,7 @@ def scorecard(
             | {"missing": metrics.num_missing, "ties": metrics.num_ties}
             for name, metrics in measured.items()
         },
-        "per_query": per_query,
-        "comparison": {
-            "metric": METRIC,
-            "system": system,
-            "baseline": baseline,
-            **asdict(compare(per_query[system], per_query[baseline], seed=seed)),
-        },
+        "per_query": {name: by_query(name, METRIC) for name in measured},
+        "comparison": paired(METRIC),
+        "deep_comparison": paired(DEEP_METRIC),
     }
