@@ -28,7 +28,7 @@ from reasonembed.artifacts import (
 )
 from reasonembed.config import EncoderConfig, LLMConfig, RunConfig, flatten, parse
 from reasonembed.corpus import PYTHON_STDLIB, CorpusStore
-from reasonembed.errors import ConfigError
+from reasonembed.errors import ConfigError, DriftError
 from reasonembed.evaluation.datasets import Collection, load_collection
 from reasonembed.models import resolve, weights_fingerprint
 from reasonembed.remixer.answers import prompt_fingerprint
@@ -257,14 +257,21 @@ class Run:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[dict[str, Any]]:
-        """Notes a stage's wall time and whatever the caller puts in, also when it fails."""
+        """Notes a stage's wall time and whatever the caller puts in, also when it fails.
+
+        A configuration that is refused is no attempt: nothing was done, and what is there stays.
+        """
         note: dict[str, Any] = {"stage": stage, "started": time.time(), "outcome": "failed"}
         try:
             yield note
             note["outcome"] = "done"
+        except (ConfigError, DriftError):
+            note["outcome"] = "refused"
+            raise
         finally:
             note["seconds"] = round(time.time() - note["started"], 2)
-            append_json_line(self.dir / "timeline.jsonl", note)
+            if note["outcome"] != "refused":
+                append_json_line(self.dir / "timeline.jsonl", note)
 
     def timeline(self) -> list[dict[str, Any]]:
         """Every attempt of every stage, in order."""

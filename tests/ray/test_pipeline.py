@@ -1,6 +1,7 @@
 """One finished run, looked at from all sides, and run again in all the ways users do."""
 
 import json
+import re
 import shutil
 
 import pyarrow.compute as pc
@@ -98,7 +99,7 @@ def test_where_it_runs_is_no_other_configuration(tiny):
 def test_status_stale_trace_and_report(tiny, run):
     _, config, _ = tiny
     shown = reasonembed("status", str(run.dir)).stdout
-    assert "judgments" not in shown and "│ annotate  │ done  │ 96 " in shown
+    assert re.search(r"annotate\s+│ done\s+│ 96\s", shown), shown
     assert "Nothing is stale" in reasonembed("why-stale", str(run.dir)).stdout
     changed = reasonembed(
         "why-stale", str(run.dir), "--config", str(config), "--set", "rewrite.keep_query=false"
@@ -127,14 +128,15 @@ def test_failed_rows_stay_rows_and_are_retried(tiny, tmp_path):
     ]
     (data / "corpus.jsonl").write_text("\n".join(marked) + "\n")
     run_dir = tmp_path / "run"
-    base = ["run", str(config), "--set", f"run_dir={run_dir}", "--set", f"corpus.source={data}"]
+    changes = [f"run_dir={run_dir}", f"corpus.source={data}", "generate.max_failed_share=0.1"]
+    base = ["run", str(config), *(part for change in changes for part in ("--set", change))]
     failed = reasonembed(*base, "--to", "generate")
     assert failed.returncode == 3
     assert "queries: " in failed.stderr and "scripted failure" in failed.stderr
     queries = Run.existing(run_dir).artifact("queries")
     assert queries.keys() == Run.existing(run_dir).artifact("seeds").keys()
     broken = queries.statuses()[Status.ERROR]
-    assert broken > 4
+    assert broken > 2
     num_commits = len(queries.commits())
     again = reasonembed(*base, "--to", "generate", "--retry", "error")
     assert again.returncode == 3

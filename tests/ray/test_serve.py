@@ -93,7 +93,7 @@ def test_training_export_sentence_transformers_and_http_agree(run, url, role):
     prompt = {"prompt_name": "query"} if role == "query" else {}
     others = {
         "sentence-transformers": plain.encode(TEXTS, normalize_embeddings=True, **prompt),
-        "http": over_http(url, TEXTS, input_type=role),
+        "http": over_http(url, TEXTS, input_type=role, truncate="end"),
         "export": Embedder.load_export(run.model_dir).encode_documents(TEXTS)
         if instruction is None
         else Embedder.load_export(run.model_dir).encode_queries(TEXTS, instruction=instruction),
