@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,13 @@ def work_noted(folder):
     return size + sum(1 for _ in (folder / "run" / "embeddings").glob("*/_commits/*.json"))
 
 
-def kill_at_random_moment(folder, config, *, last, rng):
+def kill_after(folder, config, *, last, wait_s):
     """Lets a driver do some work, then kills it; returns whether it was still running."""
     before = work_noted(folder)
     process = start(config, last)
     while process.poll() is None and work_noted(folder) == before:
         time.sleep(0.05)
-    time.sleep(rng.uniform(0, 4))
+    time.sleep(wait_s)
     killed = process.poll() is None
     if killed:
         os.kill(process.pid, signal.SIGKILL)
@@ -106,12 +107,17 @@ def assert_nothing_committed_was_computed_again(run, folder):
     for row in noted:
         if row["id"] in committed_at:
             assert row["at_ns"] <= committed_at[row["id"]], row
+    return Counter(row["id"] for row in noted)
 
 
 def kill_and_finish(folder, *, last, kills, seed):
     config = write_config(folder, delay_s=0.4)
     rng = random.Random(seed)
-    hit = sum(kill_at_random_moment(folder, config, last=last, rng=rng) for _ in range(kills))
+    # The first kill is aimed: the first rows are computed, and the write that commits them starts
+    # up yet. The others fall at random moments.
+    assert kill_after(folder, config, last=last, wait_s=0)
+    waits = [rng.uniform(0, 4) for _ in range(kills)]
+    hit = sum(kill_after(folder, config, last=last, wait_s=wait_s) for wait_s in waits)
     finish = start(config, last)
     _, errors = finish.communicate(timeout=250)
     assert finish.returncode == 0, errors
@@ -124,7 +130,8 @@ def test_driver_killed_five_times(tmp_path):
     run, hit = kill_and_finish(tmp_path, last="assemble", kills=5, seed=20)
     assert hit == 5, f"only {hit} of 5 kills found the driver at work"
     assert_exactly_once(run)
-    assert_nothing_committed_was_computed_again(run, tmp_path)
+    computed = assert_nothing_committed_was_computed_again(run, tmp_path)
+    assert max(computed.values()) > 1, "no kill fell between computing and committing a row"
     assert run.artifact("samples").keys()
 
 
