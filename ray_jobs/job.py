@@ -22,7 +22,7 @@ import ray
 from rich.console import Console
 
 from reasonembed.artifacts import locked
-from reasonembed.config import RunConfig, RuntimeConfig, load
+from reasonembed.config import PoolConfig, RunConfig, RuntimeConfig, load
 from reasonembed.errors import ConfigError, explain, is_expected
 from reasonembed.progress import Reporter, duration
 from reasonembed.run import Run, statuses_from
@@ -91,12 +91,11 @@ def join_or_start(runtime: RuntimeConfig) -> None:
 
 def _check_resources(runtime: RuntimeConfig, have: Mapping[str, float]) -> None:
     """Refuses pools that this machine can never hold; Ray would wait for them without a word."""
+    wanted = {}
+    for name in ("generate", "embed", "annotate", "rewrite"):
+        pool: PoolConfig = getattr(runtime, name)
+        wanted[name] = (pool.min_actors * pool.num_cpus, pool.min_actors * pool.num_gpus)
     train = runtime.train
-    wanted = {
-        name: (pool.min_actors * pool.num_cpus, pool.min_actors * pool.num_gpus)
-        for name in ("generate", "embed", "annotate", "rewrite")
-        if (pool := getattr(runtime, name))
-    }
     wanted["train"] = (train.num_workers * train.num_cpus, train.num_workers * train.use_gpu)
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     for name, (num_cpus, num_gpus) in wanted.items():

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,6 +36,7 @@ from reasonembed.schemas import ARTIFACTS, conform, stable_hash
 
 _KEY_SEPARATOR = "\x1f"
 _STAGE = "_stage.json"
+_Record = TypeVar("_Record")
 _BLOCK_BYTES = 2**30  # half of what 32-bit offsets reach, for rows are not all of one length
 
 
@@ -45,8 +46,7 @@ class Commit:
 
     part: str
     rows: int
-    keys_digest: str  # of the sorted keys
-    content_digest: str  # of the Parquet file
+    keys_digest: str  # of the sorted keys; the pages themselves carry checksums
     statuses: dict[str, int]
     committed_at_ns: int
 
@@ -98,7 +98,7 @@ class StageDirectory:
     def stage(self) -> Stage | None:
         """The identity that made this; None where nothing was begun."""
         raw = self._record(f"{self._root}/{_STAGE}")
-        return None if raw is None else Stage(**raw)
+        return None if raw is None else _as(Stage, raw, f"{self._root}/{_STAGE}")
 
     def _is_empty(self) -> bool:
         found = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
@@ -194,15 +194,13 @@ class Artifact(StageDirectory):
             double = [key for key, count in Counter(keys).items() if count > 1]
             raise SchemaError(f"{self.uri} part {part}: keys occur twice: {double[:3]}")
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        data = sink.getvalue().to_pybytes()
-        self._write(f"{self._root}/data/{part}.parquet", data)
+        pq.write_table(table, sink, write_page_checksum=True)
+        self._write(f"{self._root}/data/{part}.parquet", sink.getvalue().to_pybytes())
         statuses = table.column("status").to_pylist() if "status" in table.column_names else []
         record = Commit(
             part=part,
             rows=table.num_rows,
-            keys_digest=stable_hash(*sorted(keys), size=16),
-            content_digest=hashlib.blake2b(data, digest_size=16).hexdigest(),
+            keys_digest=_digest_keys(keys),
             statuses=dict(Counter(statuses)),
             committed_at_ns=time.time_ns(),
         )
@@ -222,21 +220,31 @@ class Artifact(StageDirectory):
             if not info.base_name.startswith(".") and info.base_name.endswith(".json"):
                 record = self._record(info.path)
                 assert record is not None, f"{info.path} vanished while it was read"
-                records.append(Commit(**record))
+                records.append(_as(Commit, record, info.path))
         return sorted(records, key=lambda record: (record.committed_at_ns, record.part))
 
-    def read(self, *, columns: list[str] | None = None) -> pa.Table:
+    def read(
+        self, *, columns: list[str] | None = None, only: pc.Expression | None = None
+    ) -> pa.Table:
         """Committed rows, one of each key (see above), sorted by key.
 
+        Args:
+            columns: Of the schema; None for all.
+            only: A condition on key columns; rows that do not meet it are not loaded.
+
         Raises:
-            StorageError: A committed part is missing or has lost rows.
+            StorageError: A committed part is missing, damaged, or not the one that was committed.
         """
         status = ["status"] if "status" in self.schema.names else []
         wanted = list(dict.fromkeys([*self.key, *status, *(columns or self.schema.names)]))
-        parts = [self._read_part(commit, wanted) for commit in self.commits()]
-        schema = pa.schema([self.schema.field(name) for name in wanted])
-        table = _one_a_key(pa.concat_tables(parts) if parts else schema.empty_table(), self.key)
+        table = _one_a_key(self.history(columns=wanted, only=only), self.key)
         return table.select(columns or self.schema.names)
+
+    def history(self, *, columns: list[str], only: pc.Expression | None = None) -> pa.Table:
+        """Every row that was ever committed, oldest first, replaced ones too; else as `read`."""
+        parts = [self._read_part(commit, columns, only) for commit in self.commits()]
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        return pa.concat_tables(parts) if parts else schema.empty_table()
 
     def keys(self, *, retry: Collection[str] = ()) -> set[str]:
         """Keys that need no computation: committed, and not of a status to be retried."""
@@ -274,15 +282,31 @@ class Artifact(StageDirectory):
         columns = [table.column(name).to_pylist() for name in self.key]
         return [_KEY_SEPARATOR.join(parts) for parts in zip(*columns, strict=True)]
 
-    def _read_part(self, commit: Commit, columns: list[str]) -> pa.Table:
+    def _read_part(
+        self, commit: Commit, columns: list[str], only: pc.Expression | None
+    ) -> pa.Table:
         path = f"{self._root}/data/{commit.part}.parquet"
         try:
-            table = pq.read_table(path, columns=columns, filesystem=self._fs)
+            table = pq.read_table(
+                path,
+                columns=columns,
+                filters=only,
+                filesystem=self._fs,
+                page_checksum_verification=True,
+            )
         except (OSError, pa.ArrowInvalid) as error:
             raise StorageError(f"{path} is committed but cannot be read: {error}") from error
+        if only is not None:
+            return table
         if table.num_rows != commit.rows:
             raise StorageError(f"{path}: {table.num_rows} rows, its commit says {commit.rows}")
+        if set(self.key) <= set(columns) and _digest_keys(self._keys(table)) != commit.keys_digest:
+            raise StorageError(f"{path} holds other rows than were committed; put it back")
         return table
+
+
+def _digest_keys(keys: list[str]) -> str:
+    return stable_hash(*sorted(keys), size=16)
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -306,9 +330,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(ValueError):
-            found.append(dict(json.loads(line)))
+            row = json.loads(line)
+            if isinstance(row, dict):
+                found.append(row)
     return found
 
 
@@ -412,6 +438,16 @@ def _say(path: str, error: OSError, *, doing: str = "write") -> str:
         errno.EEXIST: "a part of this path is a file; choose another run_dir",
     }
     return f"cannot {doing} {path}: {cures.get(error.errno or 0, str(error))}"
+
+
+def _as(kind: type[_Record], record: dict[str, Any], path: str) -> _Record:
+    try:
+        return kind(**record)
+    except TypeError as error:
+        raise StorageError(
+            f"{path} has fields of another version of this software ({error}); read it with that "
+            "one, or use another run_dir"
+        ) from error
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -7,14 +8,23 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import reasonembed.artifacts as artifacts_module
-from reasonembed.artifacts import Artifact, StageDirectory, differences, locked
+from reasonembed.artifacts import (
+    Artifact,
+    StageDirectory,
+    append_json_line,
+    differences,
+    json_lines,
+    locked,
+)
 from reasonembed.config import fingerprint
 from reasonembed.errors import DriftError, SchemaError, StorageError
 from reasonembed.schemas import REWRITES, embeddings, from_rows
@@ -135,6 +145,22 @@ class TestCommits:
         assert texts(artifact)["q1"] == "old"
         assert artifact.content() != content
 
+    @pytest.mark.parametrize(("ids", "expected"), [(["q2", "q9"], ["q2"]), ([], [])])
+    def test_some_rows(self, artifact, ids, expected):
+        artifact.commit("p1", ok("q1", "q2"))
+        artifact.commit("p2", ok("q2", "q3"))
+        wanted = pc.field("query_id").isin(pa.array(ids, pa.string()))
+        found = artifact.read(only=wanted)
+        assert found.column("query_id").to_pylist() == expected
+        assert found.schema.equals(artifact.schema)
+
+    def test_history_holds_replaced_rows_too(self, artifact):
+        artifact.commit("p1", ok("q1", "q2"))
+        artifact.commit("p2", ok("q2"))
+        assert artifact.history(columns=["query_id"]).to_pydict() == {
+            "query_id": ["q1", "q2", "q2"]
+        }
+
     def test_content_is_of_the_rows_that_are_read_and_not_of_the_parts(self, artifact, tmp_path):
         other = Artifact.declared(tmp_path / "other", "rewrites")
         artifact.commit("all", ok("q1", "q2", text="x"))
@@ -213,6 +239,24 @@ class TestRefusals:
         with pytest.raises(StorageError, match="1 rows, its commit says 2"):
             artifact.read()
 
+    def test_a_committed_part_in_the_place_of_another(self, artifact):
+        artifact.commit("p1", ok("q1"))
+        artifact.commit("p2", ok("q2"))
+        data = artifact_path(artifact) / "data"
+        (data / "p2.parquet").replace(data / "p1.parquet")
+        with pytest.raises(StorageError, match=r"p1\.parquet holds other rows"):
+            artifact.read()
+
+    def test_a_flipped_bit_in_a_page(self, artifact):
+        artifact.commit("p1", ok("q1", "q2"))
+        file = artifact_path(artifact) / "data" / "p1.parquet"
+        column = pq.ParquetFile(file).metadata.row_group(0).column(0)
+        raw = bytearray(file.read_bytes())
+        raw[column.data_page_offset + column.total_compressed_size // 4] ^= 1
+        file.write_bytes(raw)
+        with pytest.raises(StorageError, match=r"p1\.parquet is committed but cannot be read"):
+            artifact.read()
+
     @pytest.mark.parametrize("name", ["_stage.json", "_done.json", "_commits/p1.json"])
     def test_a_damaged_record(self, artifact, name):
         artifact.begin({"a": 1})
@@ -221,6 +265,15 @@ class TestRefusals:
         (artifact_path(artifact) / name).write_text('{"part": ')
         with pytest.raises(StorageError, match=f"{name} is damaged"):
             (artifact.stage(), artifact.finished(), artifact.commits())
+
+    @pytest.mark.parametrize("name", ["_stage.json", "_commits/p1.json"])
+    def test_a_record_of_another_version(self, artifact, name):
+        artifact.begin({"a": 1})
+        artifact.commit("p1", ok("q1"))
+        file = artifact_path(artifact) / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"colour": "red"}))
+        with pytest.raises(StorageError, match=f"{name} has fields of another version.*colour"):
+            (artifact.stage(), artifact.commits())
 
 
 class TestResume:
@@ -416,6 +469,19 @@ class TestStorage:
         again.discard()
         assert again.stage() is None
         assert again.read() == ok()
+
+
+class TestJsonLines:
+    def test_no_log_yet(self, tmp_path):
+        assert json_lines(tmp_path / "log.jsonl") == []
+
+    def test_what_a_kill_has_torn_is_left_out(self, tmp_path):
+        log = tmp_path / "log.jsonl"
+        append_json_line(log, {"step": 1})
+        with log.open("a") as stream:
+            stream.write('[1]\n{"step": 2, "lo')
+        append_json_line(log, {"step": 3, "detail": "a\u2028b"})
+        assert json_lines(log) == [{"step": 1}, {"step": 3, "detail": "a\u2028b"}]
 
 
 class TestLock:

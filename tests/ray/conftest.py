@@ -1,30 +1,9 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ray.processes import reasonembed
 from tests.ray.tiny_run import write_config
-
-ROOT = Path(__file__).parents[2]
-
-
-def reasonembed(*arguments: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "reasonembed.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=environment(),
-        cwd=ROOT,
-    )
-
-
-def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="session")

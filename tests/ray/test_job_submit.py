@@ -1,8 +1,8 @@
 """The pipeline as a submitted job on a local head node."""
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,20 +11,10 @@ from pathlib import Path
 import pytest
 
 from reasonembed.run import Run
-from tests.ray.conftest import ROOT, environment
+from tests.ray.processes import ROOT, end_session, environment, free_ports
 from tests.ray.tiny_run import write_config
 
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture
@@ -52,10 +42,9 @@ def head(tmp_path_factory):
     )
     yield f"http://127.0.0.1:{dashboard}", surroundings
     node.send_signal(signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         node.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        os.killpg(node.pid, signal.SIGKILL)
+    end_session(node.pid)
 
 
 def submit(address, surroundings, *entrypoint):

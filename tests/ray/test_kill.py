@@ -1,61 +1,26 @@
 """kill -9 of the driver at random moments: nothing is lost, nothing committed is done twice."""
 
-import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from reasonembed.run import Run
-from tests.ray.conftest import ROOT, environment
+from tests.ray.processes import end_session, start_reasonembed
 from tests.ray.tiny_run import write_config
 
 LLM_KINDS = {"queries": "{0}", "judgments": "{0}|{1}", "rewrites": "{0}|rewrite"}
 
 
 def start(config, last):
-    return subprocess.Popen(
-        [sys.executable, "-m", "reasonembed.cli", "run", str(config), "--to", last],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
+    return start_reasonembed(
+        *("run", str(config), "--to", last), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-
-
-def end_session(leader):
-    """Ends what a killed driver leaves behind, so that the next one starts on a still machine.
-
-    Ray's workers die with the driver on their own; its dashboard agents outlive it for a while.
-    """
-    for _ in range(50):
-        members = session_members(leader)
-        if not members:
-            return
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
-    raise AssertionError(f"processes {members} do not die")
-
-
-def session_members(leader):
-    members = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            if os.getsid(int(entry.name)) == leader and state != "Z":
-                members.append(int(entry.name))
-    return members
 
 
 def work_noted(folder):
@@ -100,7 +65,7 @@ def assert_nothing_committed_was_computed_again(run, folder):
     for kind, form in LLM_KINDS.items():
         artifact = run.artifact(kind)
         for commit in artifact.commits():
-            keys = artifact._read_part(commit, list(artifact.key)).to_pylist()
+            keys = artifact._read_part(commit, list(artifact.key), None).to_pylist()
             for row in keys:
                 committed_at[form.format(*row.values())] = commit.committed_at_ns
     assert set(committed_at) <= {row["id"] for row in noted}

@@ -9,7 +9,7 @@ import pytest
 
 from reasonembed.run import STAGES, Run
 from reasonembed.schemas import Status
-from tests.ray.conftest import reasonembed
+from tests.ray.processes import reasonembed
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,8 +14,7 @@ import pytest
 from reasonembed.embedder.contract import resolve_contract
 from reasonembed.embedder.encode import Backbone, Embedder, load_backbone
 from reasonembed.run import Run
-from tests.ray.conftest import ROOT, environment
-from tests.ray.test_job_submit import free_ports
+from tests.ray.processes import end_session, free_ports, start_reasonembed
 
 TEXTS = ["why does a loop skip every second element", "About lists case 3: lists1 lists2", "é 中"]
 # The same weights in the same precision: only the order of sums differs.
@@ -32,15 +29,8 @@ def run(tiny):
 @pytest.fixture(scope="module")
 def url(run):
     [port] = free_ports(1)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "reasonembed.cli", "serve", str(run.dir), "--port", str(port)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    server = start_reasonembed("serve", str(run.dir), "--port", str(port), **streams)
     base = f"http://127.0.0.1:{port}"
     for _ in range(120):
         with contextlib.suppress(OSError):  # not up yet, or up and still loading
@@ -54,8 +44,7 @@ def url(run):
     try:
         assert server.wait(timeout=60) == 0
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
+        end_session(server.pid)
 
 
 def over_http(url, texts, **fields):
