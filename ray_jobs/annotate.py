@@ -22,7 +22,13 @@ class _Make:
 
     def __call__(self, engine: Engine) -> Mapper:
         corpus = self.run.corpus_store()
-        return Annotator(self.config, engine=engine, corpus=corpus, queries=self.queries)
+        return Annotator(
+            self.config,
+            engine=engine,
+            corpus=corpus,
+            queries=self.queries,
+            tasks=self.run.config.task_table,
+        )
 
 
 def judge(

@@ -1,7 +1,6 @@
 """Turns judged candidates into training samples."""
 
 from ray_jobs.job import Job, main
-from reasonembed import tasks
 from reasonembed.errors import QualityError
 from reasonembed.remixer.assemble import JUDGED_COLUMNS, assemble_samples
 
@@ -18,7 +17,7 @@ def run(job: Job) -> dict[str, int]:
         job.run.artifact("rewrites").read(),
         corpus=job.run.corpus_store(),
         config=job.run.config.assemble,
-        instructions={name: tasks.get(name).instruction for name in names},
+        instructions={name: job.run.config.task_table[name].instruction for name in names},
     )
     if not assembly.samples.num_rows:
         raise QualityError(

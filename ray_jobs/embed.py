@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import Mapper, run_planned
-from reasonembed import tasks
 from reasonembed.artifacts import Artifact
 from reasonembed.config import EncoderConfig, RuntimeConfig
 from reasonembed.embedder.contract import resolve_contract
@@ -93,7 +92,7 @@ def query_texts(job: Job) -> pa.Table:
         {
             "id": row["query_id"],
             "text": row["query"],
-            "instruction": tasks.get(row["task"]).instruction,
+            "instruction": job.run.config.task_table[row["task"]].instruction,
         }
         for row in job.run.artifact("queries").read().to_pylist()
         if row["status"] == Status.OK

@@ -16,7 +16,12 @@ class _Make:
     run: Run
 
     def __call__(self, engine: Engine) -> Mapper:
-        return QueryGenerator(self.config, engine=engine, corpus=self.run.corpus_store())
+        return QueryGenerator(
+            self.config,
+            engine=engine,
+            corpus=self.run.corpus_store(),
+            tasks=self.run.config.task_table,
+        )
 
 
 def run(job: Job) -> dict[str, int]:

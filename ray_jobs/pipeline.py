@@ -11,6 +11,7 @@ from ray_jobs import (
     embed,
     evaluate,
     export,
+    filter,
     generate,
     mine,
     plan,
@@ -20,10 +21,11 @@ from ray_jobs import (
 from ray_jobs.job import Job, main, perform
 from reasonembed.errors import ConfigError
 from reasonembed.report import write_report
-from reasonembed.run import STAGES
+from reasonembed.run import Run
 
 _RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "corpus": corpus.run,
+    "filter": filter.run,
     "plan": plan.run,
     "generate": generate.run,
     "embed": embed.run,
@@ -38,23 +40,24 @@ _RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
 }
 
 
-def selected(first: str | None, last: str | None) -> tuple[str, ...]:
-    """The stages from `first` to `last`, both included.
+def selected(run: Run, first: str | None, last: str | None) -> tuple[str, ...]:
+    """The run's stages from `first` to `last`, both included.
 
     Raises:
-        ConfigError: A stage is unknown, or the range is empty.
+        ConfigError: A stage is unknown or none of this configuration's, or the range is empty.
     """
+    stages = run.stages
     for name in (first, last):
-        if name is not None and name not in STAGES:
-            raise ConfigError(f"no stage {name!r}; stages are {', '.join(STAGES)}")
-    start = STAGES.index(first) if first else 0
-    stop = STAGES.index(last) if last else len(STAGES) - 1
+        if name is not None and name not in stages:
+            raise ConfigError(f"no stage {name!r} in this run; its stages are {', '.join(stages)}")
+    start = stages.index(first) if first else 0
+    stop = stages.index(last) if last else len(stages) - 1
     if start > stop:
         raise ConfigError(f"stage {first!r} comes after {last!r}; nothing to run")
-    return STAGES[start : stop + 1]
+    return stages[start : stop + 1]
 
 
-def run_stages(job: Job, stages: tuple[str, ...] = STAGES) -> None:
+def run_stages(job: Job, stages: tuple[str, ...]) -> None:
     """Runs stages, says what each gave, and writes the report after the last."""
     for number, stage in enumerate(stages, start=1):
         job.reporter.say(f"[{number}/{len(stages)}] {stage}")
@@ -65,7 +68,7 @@ def run_stages(job: Job, stages: tuple[str, ...] = STAGES) -> None:
 
 def run(job: Job) -> None:
     """All stages."""
-    run_stages(job)
+    run_stages(job, job.run.stages)
 
 
 if __name__ == "__main__":

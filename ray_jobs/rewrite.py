@@ -10,14 +10,16 @@ from reasonembed.config import RewriteConfig
 from reasonembed.llm.protocol import Engine
 from reasonembed.remixer.rewrite import Rewriter
 from reasonembed.schemas import Status
+from reasonembed.tasks import Task
 
 
 @dataclass(frozen=True)
 class _Make:
     config: RewriteConfig
+    tasks: dict[str, Task]
 
     def __call__(self, engine: Engine) -> Mapper:
-        return Rewriter(self.config, engine=engine)
+        return Rewriter(self.config, engine=engine, tasks=self.tasks)
 
 
 def run(job: Job) -> dict[str, int]:
@@ -27,7 +29,9 @@ def run(job: Job) -> dict[str, int]:
     job.run.begin("rewrite", artifact)
     queries = job.run.artifact("queries").read(columns=["query_id", "query", "task", "status"])
     planned = queries.filter(pc.field("status") == str(Status.OK)).drop_columns(["status"])
-    make = WithEngine(config.llm, runtime.engine, runtime.cache_dir, _Make(config))
+    make = WithEngine(
+        config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run.config.task_table)
+    )
     pool = runtime.rewrite
     run_planned(job, planned, artifact, make, pool, label="rewrite", overlap=pool.overlap)
     return check_share(artifact, config.max_failed_share)

@@ -52,7 +52,7 @@ def run(
     from ray_jobs.job import session
     from ray_jobs.pipeline import run_stages, selected
 
-    stages = selected(first, last)
+    stages = selected(Run(settings), first, last)
     again = statuses_from(retry)
 
     def prepare(target: Run) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reasonembed import tasks
 from reasonembed.errors import ConfigError
@@ -76,20 +76,23 @@ class EncoderConfig(Strict):
     dtype: Literal["bfloat16", "float16", "float32"] = "float32"
 
 
+class TaskConfig(Strict):
+    """A retrieval task of the user's own; see `tasks.Task` for what each text is used for."""
+
+    display_name: str
+    relation: tasks.Relation = "helps"
+    query_kind: str = "a question"
+    document_kind: str = "a document"
+    instruction: str = tasks.get("generic").instruction
+    relevance: str = tasks.get("generic").relevance
+
+
 class CorpusConfig(Strict):
     """What is read, and as which retrieval task."""
 
     source: str = Field(description="`python-stdlib`, a Parquet or JSONL file, or a BEIR folder")
-    task: str = "generic"
+    task: str = Field("generic", description="of the built-in table, or one of `tasks:`")
     limit: Positive | None = None
-
-    @field_validator("task")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            return tasks.get(name).name
-        except ConfigError as error:  # as a ValueError it is told with the path of the key
-            raise ValueError(str(error)) from None
 
 
 class LengthBucket(Strict):
@@ -145,7 +148,18 @@ class LLMStageConfig(Strict):
     sampling: SamplingConfig = SamplingConfig()
     max_document_words: Positive = 4_000
     max_failed_share: Share = 0.2
+    tries: Positive = Field(
+        2, description="an answer that cannot be used is asked for again with another seed"
+    )
     seed: int = 42
+
+
+class FilterConfig(LLMStageConfig):
+    """Does a document belong to the task's domain? A yes or no by an LLM, before seeds."""
+
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0, max_tokens=1)
+    domain: str | None = Field(None, description="default: the task's display name")
+    min_probability: Share = Field(0.5, description="of yes against no, for a document to be kept")
 
 
 class GenerateConfig(LLMStageConfig):
@@ -163,13 +177,93 @@ class GenerateConfig(LLMStageConfig):
     max_copied_share: Share = Field(
         0.5, description="largest share of a query's 8-grams that may stand in its source document"
     )
+    max_query_similarity: Share = Field(
+        0.8, description="of two queries whose word 3-grams are more alike (Jaccard), one is used"
+    )
+
+
+class BM25Retriever(Strict):
+    """BM25 beside the miner."""
+
+    kind: Literal["bm25"]
+    k1: Annotated[float, Field(ge=0)] = 0.9
+    b: Share = 0.4
+
+
+class DenseRetriever(Strict):
+    """Another embedding model beside the miner."""
+
+    kind: Literal["dense"]
+    encoder: EncoderConfig
+
+
+class EndpointRetriever(Strict):
+    """An OpenAI-compatible embedding endpoint; its address is `runtime.endpoints.<name>`."""
+
+    kind: Literal["endpoint"]
+    model: str
+    query_template: str = "Instruct: {instruction}\nQuery: {query}"
+    dimension: Positive
+
+
+class RunRetriever(Strict):
+    """A TREC run file over our query ids, made by anything."""
+
+    kind: Literal["run"]
+    path: str
+
+
+Retriever = Annotated[
+    BM25Retriever | DenseRetriever | EndpointRetriever | RunRetriever, Field(discriminator="kind")
+]
 
 
 class MineConfig(Strict):
-    """Source-excluded mining with an off-the-shelf retriever."""
+    """Source-excluded mining with one retriever, or with several whose results are fused."""
 
-    encoder: EncoderConfig
+    encoder: EncoderConfig = Field(description="the miner; also measured in the evaluation")
+    also: dict[str, Retriever] = Field(
+        default_factory=dict, description="more retrievers, by a name of your choice"
+    )
+    fusion: Literal["rrf", "quota"] = Field(
+        "rrf",
+        description="`rrf`: by reciprocal rank; `quota`: so many of each retriever, in turn",
+    )
+    rrf_constant: Positive = 60
+    quotas: dict[str, Positive] = Field(
+        default_factory=dict, description="candidates of each retriever; the miner is called miner"
+    )
     top_k: Positive = 100
+    max_source_similarity: Share = Field(
+        0.8,
+        description="a document whose word 5-grams are more like the source's (Jaccard) is shut "
+        "out with it; 1 for exact duplicates only",
+    )
+    exclude_ids: str | None = Field(
+        None, description="a text file of documents that are no candidates: one id a line"
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> MineConfig:
+        if "miner" in self.also:
+            raise ValueError("also: the name 'miner' is taken by mine.encoder")
+        if self.fusion == "quota" and self.quotas.keys() != {"miner", *self.also}:
+            raise ValueError(
+                f"quotas names {sorted(self.quotas)}, the retrievers are "
+                f"{sorted(['miner', *self.also])}"
+            )
+        return self
+
+
+class CascadeConfig(Strict):
+    """A cheap first pass: the label's probabilities at once, the analysis where they are unsure."""
+
+    min_confidence: Share = Field(
+        0.9, description="probability of the likeliest label from which no analysis is asked for"
+    )
+    checked_share: Share = Field(
+        0.05, description="of the sure pairs, those that are analysed all the same, to be compared"
+    )
 
 
 class AnnotateConfig(LLMStageConfig):
@@ -183,6 +277,10 @@ class AnnotateConfig(LLMStageConfig):
         description="`written`: the score that the model writes; `expected`: the mean of 1..5 "
         "under the probabilities of the score token",
     )
+    samples: Positive = Field(
+        1, description="analyses a pair; the label is their median, the spread is kept"
+    )
+    cascade: CascadeConfig | None = None
     candidates_per_query: Positive = 100
     audit_queries: Annotated[int, Field(ge=0)] = Field(
         0, description="evaluation queries whose pairs are judged as well, to measure the annotator"
@@ -197,8 +295,20 @@ class RewriteConfig(LLMStageConfig):
     opening: str = Field("", description="words that every reasoning is made to begin with")
 
 
+class SampleSource(Strict):
+    """Samples that were made elsewhere."""
+
+    path: str = Field(description="a run directory, or a file or folder of that form")
+    form: Literal["run", "parquet", "reasonembed", "flagembedding"] = "run"
+    task: str | None = Field(None, description="where the form names none")
+
+
 class AssembleConfig(Strict):
     """How judged candidates become training samples."""
+
+    sources: tuple[SampleSource, ...] = Field(
+        (), description="if any: samples are read from these instead of being made in this run"
+    )
 
     rule: Literal["threshold", "rank"] = Field(
         "threshold",
@@ -209,6 +319,11 @@ class AssembleConfig(Strict):
     negative_max: Annotated[int, Field(ge=1, le=5)] = 2
     rank_positives: Positive = 1
     rank_negatives: Positive = 8
+    max_positives: Positive | None = Field(None, description="of a query, the highest labels first")
+    max_negatives: Positive | None = Field(None, description="of a query, the best ranked first")
+    held_out_share: Share = Field(
+        0.0, description="of the source documents' duplicate groups, kept out of training"
+    )
 
     @model_validator(mode="after")
     def _disjoint(self) -> AssembleConfig:
@@ -227,6 +342,13 @@ class LoRAConfig(Strict):
     dropout: Share = 0.1
 
 
+class TaskBatch(Strict):
+    """Batch shape of one task."""
+
+    batch_queries: Positive
+    group_size: Annotated[int, Field(ge=2)]
+
+
 class TrainConfig(Strict):
     """RI-InfoNCE fine-tuning (arXiv:2510.08252; the released code's values where it is silent)."""
 
@@ -236,6 +358,9 @@ class TrainConfig(Strict):
         64, description="queries in a global step, all workers together"
     )
     group_size: Annotated[int, Field(ge=2)] = Field(16, description="1 positive + hard negatives")
+    task_batches: dict[str, TaskBatch] = Field(
+        default_factory=dict, description="tasks that differ, such as leetcode: 512 queries by 2"
+    )
     epochs: Positive = 1
     max_steps: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -259,6 +384,42 @@ class EvaluateConfig(Strict):
     top_k: Positive = 1_000
     bm25: bool = True
     instruction: str | None = None
+
+
+class DistillConfig(LLMStageConfig):
+    """A small annotator taught by a large one (arXiv:2510.08252: Qwen3-235B to Qwen3-8B).
+
+    `llm` is the teacher; its answers are filtered before the student learns them.
+    """
+
+    sampling: SamplingConfig = SamplingConfig(
+        temperature=0.7, top_p=0.95, top_k=40, max_tokens=2_048
+    )
+    student: str = Field(description="packaged name, local folder or hub id")
+    samples: Positive = Field(3, description="trajectories of the teacher a pair")
+    min_agreement: Share = Field(
+        0.6, description="share of a pair's parsed labels that its majority must hold"
+    )
+    max_pairs: Positive = 20_000
+    max_per_label: Positive | None = Field(
+        None, description="trajectories of one task and label; mined pairs are mostly 1 and 2"
+    )
+    held_out_share: Share = Field(0.1, description="of the queries, to measure the student")
+    lora: LoRAConfig | None = Field(LoRAConfig(), description="null trains all weights")
+    epochs: Positive = 2
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup_share: Share = 0.03
+    batch_tokens: Positive = Field(16_384, description="in a global step, padding included")
+    max_tokens: Positive = Field(4_096, description="of a prompt and its trajectory")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class ReportConfig(Strict):
+    """What the report compares the data with."""
+
+    benchmarks: tuple[str, ...] = Field(
+        (), description="BEIR folders or BRIGHT files that the samples are searched for"
+    )
 
 
 class ExportConfig(Strict):
@@ -296,6 +457,14 @@ class EmbedPool(PoolConfig):
 
     batch_rows: Positive = 256
     threads: Positive | None = Field(None, description="threads of the maths library, each actor")
+
+
+class MinePool(PoolConfig):
+    """Actors that search shards of the corpus."""
+
+    shard_documents: Positive = Field(200_000, description="vectors that an actor holds at once")
+    query_block: Positive = Field(8_192, description="queries that are searched and merged at once")
+    threads: Positive | None = None
 
 
 class EngineRuntime(Strict):
@@ -345,13 +514,22 @@ class ServeRuntime(Strict):
 class RuntimeConfig(Strict):
     """Where and how many; changing anything here changes no result."""
 
+    filter: LLMPool = LLMPool()
     generate: LLMPool = LLMPool()
     embed: EmbedPool = EmbedPool()
+    mine: MinePool = MinePool()
     annotate: LLMPool = LLMPool()
     rewrite: LLMPool = LLMPool()
+    distill: LLMPool = LLMPool()
     engine: EngineRuntime = EngineRuntime()
     train: TrainRuntime = TrainRuntime()
     serve: ServeRuntime = ServeRuntime()
+    endpoints: dict[str, str] = Field(
+        default_factory=dict, description="addresses of embedding endpoints, by retriever"
+    )
+    vectors_dir: str | None = Field(
+        None, description="vectors shared between runs; default inside the run"
+    )
     batch_tokens: Positive = Field(8_192, description="padded tokens a forward of the embedder")
     object_store_bytes: Positive | None = Field(None, description="of a local Ray")
     logical_cpus: Positive | None = Field(None, description="of a local Ray; default at least 4")
@@ -363,21 +541,32 @@ class RunConfig(Strict):
 
     run_dir: str = Field(description="a folder; on a cluster one that all nodes see")
     corpus: CorpusConfig
+    tasks: dict[str, TaskConfig] = Field(default_factory=dict, description="tasks of your own")
+    filter: FilterConfig | None = Field(None, description="default: every document may be a seed")
     plan: PlanConfig = PlanConfig()
     generate: GenerateConfig
     mine: MineConfig
     annotate: AnnotateConfig
     rewrite: RewriteConfig
     assemble: AssembleConfig = AssembleConfig()
+    distill: DistillConfig | None = None
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
+    report: ReportConfig = ReportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
     def _across_stages(self) -> RunConfig:
         if "://" in self.run_dir:
             raise ValueError(f"run_dir {self.run_dir!r} must be a folder, not an address")
+        if twice := sorted(self.tasks.keys() & tasks.TASKS.keys()):
+            raise ValueError(f"tasks: {twice[0]!r} is a built-in task; choose another name")
+        if self.corpus.task not in self.task_table:
+            raise ValueError(
+                f"corpus.task {self.corpus.task!r} is unknown; there are: "
+                f"{', '.join(self.task_table)}; define others under tasks:"
+            )
         if self.assemble.rule == "rank" and self.annotate.label_from != "expected":
             raise ValueError(
                 "assemble.rule 'rank' orders by expected labels, but annotate.label_from is "
@@ -390,6 +579,14 @@ class RunConfig(Strict):
                 f"runtime.train.num_workers {workers}"
             )
         return self
+
+    @property
+    def task_table(self) -> dict[str, tasks.Task]:
+        """Every task by name: the built-in ones and this configuration's."""
+        own = {
+            name: tasks.Task(name=name, **task.model_dump()) for name, task in self.tasks.items()
+        }
+        return {**tasks.TASKS, **own}
 
 
 def load(path: str | Path, *, overrides: list[str] | None = None) -> RunConfig:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from reasonembed import __version__, tasks
+from reasonembed import __version__
 from reasonembed.artifacts import (
     Artifact,
     StageDirectory,
@@ -26,7 +26,16 @@ from reasonembed.artifacts import (
     differences,
     json_lines,
 )
-from reasonembed.config import EncoderConfig, LLMConfig, RunConfig, flatten, parse
+from reasonembed.config import (
+    DenseRetriever,
+    EncoderConfig,
+    LLMConfig,
+    RunConfig,
+    RunRetriever,
+    fingerprint,
+    flatten,
+    parse,
+)
 from reasonembed.corpus import PYTHON_STDLIB, CorpusStore
 from reasonembed.errors import ConfigError, DriftError
 from reasonembed.evaluation.datasets import Collection, load_collection
@@ -34,9 +43,11 @@ from reasonembed.models import resolve, weights_fingerprint
 from reasonembed.remixer.answers import prompt_fingerprint
 from reasonembed.remixer.assemble import JUDGED_COLUMNS
 from reasonembed.schemas import ARTIFACTS, Status, embeddings, stable_hash
+from reasonembed.tasks import Task
 
 STAGES = (
     "corpus",
+    "filter",
     "plan",
     "generate",
     "embed",
@@ -49,9 +60,10 @@ STAGES = (
     "export",
     "evaluate",
 )
-"""Stages in the order in which they run."""
+"""Stages in the order in which they run; a configuration may leave some out (`Run.stages`)."""
 
 _KINDS = {
+    "filter": "domains",
     "plan": "seeds",
     "generate": "queries",
     "mine": "candidates",
@@ -59,11 +71,7 @@ _KINDS = {
     "rewrite": "rewrites",
     "assemble": "samples",
 }
-_VECTORS = {
-    "embed": ("miner-documents", "miner-queries"),
-    "audit": ("miner-evaluation",),
-    "evaluate": ("miner-evaluation", "backbone-*", "trained-*"),
-}
+_MAKES_SAMPLES = STAGES[STAGES.index("filter") : STAGES.index("assemble")]
 _NOT_RESULT = ("max_failed_share", "audit_queries")  # gates and extras: they change no row
 
 
@@ -118,11 +126,17 @@ class Run:
         declared = ARTIFACTS["judgments" if kind == "audit" else kind]
         return Artifact(self.dir / kind, schema=declared.schema, key=declared.key, name=kind)
 
-    def vectors(self, encoder: str, content: str, *, dimension: int) -> Artifact:
-        """Vectors of `content` (documents, queries, evaluation) by an encoder of `Encoders`."""
+    def vectors(self, encoder: EncoderConfig, *, dimension: int) -> Artifact:
+        """Everything that one encoder has embedded, keyed by `schemas.text_id`.
+
+        The place is named by what decides a vector (weights, contract) and the key by what was
+        embedded, so a stale vector cannot be found, and runs may share the folder.
+        """
+        identity = self.encoder_identity(encoder)
+        place = Path(self.config.runtime.vectors_dir or self.dir / "embeddings")
+        name = f"{Path(encoder.model).name}-{fingerprint(identity)[:12]}"
         schema = embeddings(dimension)
-        name = f"{encoder}-{content}"
-        return Artifact(self.dir / "embeddings" / name, schema=schema, key=("id",), name=name)
+        return Artifact(place.absolute() / name, schema=schema, key=("id",), name=name)
 
     def directory(self, stage: str) -> StageDirectory:
         """The directory of a stage whose result is not rows: `train`, `export`, `evaluate`."""
@@ -131,13 +145,11 @@ class Run:
     def outputs(self, stage: str) -> list[StageDirectory]:
         """Everything that a stage writes."""
         if stage in ("train", "export", "evaluate"):
-            out: list[StageDirectory] = [self.directory(stage)]
-        else:
-            out = [] if stage == "embed" else [self.artifact(_KINDS.get(stage, stage))]
-        for pattern in _VECTORS.get(stage, ()):
-            folders = sorted((self.dir / "embeddings").glob(pattern))
-            out += [StageDirectory(folder, name=folder.name) for folder in folders]
-        return out
+            return [self.directory(stage)]
+        if stage == "embed":
+            return []  # vectors are never stale (`vectors`), so no stage owns them
+        hits = [self.artifact("hits")] if stage == "mine" else []
+        return [self.artifact(_KINDS.get(stage, stage)), *hits]
 
     def discard_from(self, stage: str) -> None:
         """Deletes what `stage` and all stages after it have written.
@@ -153,6 +165,14 @@ class Run:
         """Where the exported model lies."""
         return self.dir / "export" / "model"
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that this configuration asks for, in order."""
+        left_out = {"filter"} if self.config.filter is None else set()
+        if self.config.assemble.sources:
+            left_out |= set(_MAKES_SAMPLES)
+        return tuple(stage for stage in STAGES if stage not in left_out)
+
     # ---- contents ---------------------------------------------------------------------------
 
     def corpus_store(self) -> CorpusStore:
@@ -162,7 +182,7 @@ class Run:
     @cached_property
     def collection(self) -> Collection:
         """The evaluation collection."""
-        return load_collection(self.config.evaluate.collection, task=self.config.corpus.task)
+        return load_collection(self.config.evaluate.collection, task=self.task)
 
     @property
     def encoders(self) -> Encoders:
@@ -171,9 +191,14 @@ class Run:
         return Encoders(self.config.mine.encoder, self.config.train.encoder, trained)
 
     @property
+    def task(self) -> Task:
+        """The corpus's retrieval task."""
+        return self.config.task_table[self.config.corpus.task]
+
+    @property
     def instruction(self) -> str:
         """The query instruction of the evaluation."""
-        return self.config.evaluate.instruction or tasks.get(self.config.corpus.task).instruction
+        return self.config.evaluate.instruction or self.task.instruction
 
     # ---- identities -------------------------------------------------------------------------
 
@@ -194,12 +219,6 @@ class Run:
         settings = flatten(encoder.model_copy(update={"model": Path(encoder.model).name}))
         return {f"encoder.{key}": value for key, value in settings.items()} | {"weights": weights}
 
-    def vectors_input(self, content: str) -> dict[str, Any]:
-        """Identity of the texts behind `vectors`: documents, queries or evaluation."""
-        if content == "evaluation":
-            return {"collection": self.collection.fingerprint()}
-        return self._inputs({"documents": "corpus", "queries": "queries"}[content])
-
     def stale(self) -> dict[str, list[str]]:
         """Why stages that exist would not be made the same way today, by stage."""
         reasons = {}
@@ -207,7 +226,7 @@ class Run:
             lines = []
             for output in self.outputs(stage):
                 stored = output.stage()
-                if stored is not None and stage in _IDENTITIES and "-" not in output.name:
+                if stored is not None and output.name != "hits":  # dated by the shards in its keys
                     lines += differences(stored.identity, self.identity(stage))
             if lines:
                 reasons[stage] = lines
@@ -250,7 +269,7 @@ class Run:
         weights = llm.model
         if llm.engine == "vllm":
             weights = weights_fingerprint(resolve(llm.model, cache_dir=self._cache))
-        task = stable_hash(tasks.get(self.config.corpus.task))  # its words stand in the prompts
+        task = stable_hash(self.task)  # its words stand in the prompts
         return {"prompt": prompt_fingerprint(name), "task": task, "weights": weights}
 
     # ---- timeline ---------------------------------------------------------------------------
@@ -286,16 +305,33 @@ def _source_digest(source: str) -> str:
     if source == PYTHON_STDLIB:
         return f"python {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     path = Path(source)
-    file = path / "corpus.jsonl" if path.is_dir() else path
-    if not file.is_file():
+    return file_digest(path / "corpus.jsonl" if path.is_dir() else path)
+
+
+def file_digest(path: str | Path) -> str:
+    """Hash of a file's bytes, or of all files of a folder with their names."""
+    place = Path(path)
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.is_file())
+        return stable_hash(*(f"{file.relative_to(place)} {file_digest(file)}" for file in files))
+    if not place.is_file():
         return "(missing)"  # the reader says so with the cure
-    with file.open("rb") as stream:
+    with place.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
+
+
+def _filter(run: Run) -> dict[str, Any]:
+    config = run.config.filter
+    if config is None:
+        raise ConfigError("the stage filter needs a section filter: in the configuration")
+    # Only documents that the plan could use are asked about, so its rules decide the rows.
+    return run._settings("filter") | run._llm("filter", config.llm) | run._inputs("corpus")
 
 
 def _plan(run: Run) -> dict[str, Any]:
     held_out = stable_hash(*sorted(run.collection.named_documents()))
-    return run._settings("plan") | {"held_out": held_out} | run._inputs("corpus")
+    inputs = run._inputs("corpus", *(["domains"] if run.config.filter else []))
+    return run._settings("plan") | {"held_out": held_out} | inputs
 
 
 def _generate(run: Run) -> dict[str, Any]:
@@ -304,13 +340,23 @@ def _generate(run: Run) -> dict[str, Any]:
 
 
 def _mine(run: Run) -> dict[str, Any]:
-    encoder = run.encoder_identity(run.config.mine.encoder)
-    return run._settings("mine") | encoder | run._inputs("corpus", "queries")
+    config = run.config.mine
+    identity = run._settings("mine") | run.encoder_identity(config.encoder)
+    for name, other in config.also.items():
+        if isinstance(other, DenseRetriever):
+            found = run.encoder_identity(other.encoder)
+            identity |= {f"also.{name}.{key}": value for key, value in found.items()}
+        elif isinstance(other, RunRetriever):
+            identity[f"also.{name}.content"] = file_digest(other.path)
+    if config.exclude_ids:
+        identity["exclude_ids.content"] = file_digest(config.exclude_ids)
+    return identity | run._inputs("corpus", "queries")
 
 
 def _annotate(run: Run) -> dict[str, Any]:
     config = run.config.annotate
-    inputs = run._inputs("candidates")
+    # A judgment depends on its two texts: which miner found the pair is no matter.
+    inputs = run._inputs("corpus", "queries")
     return run._settings("annotate") | run._llm("annotate", config.llm) | inputs
 
 
@@ -332,7 +378,10 @@ def _rewrite(run: Run) -> dict[str, Any]:
 
 
 def _assemble(run: Run) -> dict[str, Any]:
-    inputs = run._inputs("queries", "judgments", "rewrites", content=True)
+    if sources := run.config.assemble.sources:
+        digests = {f"source.{source.path}": file_digest(source.path) for source in sources}
+        return run._settings("assemble") | digests
+    inputs = run._inputs("queries", "candidates", "judgments", "rewrites", content=True)
     return run._settings("assemble") | inputs
 
 
@@ -352,6 +401,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 _IDENTITIES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "corpus": _corpus,
+    "filter": _filter,
     "plan": _plan,
     "generate": _generate,
     "mine": _mine,

@@ -38,6 +38,7 @@ _LLM_FIELDS = [
     pa.field("finish_reason", pa.string()),  # as the engine gave it: stop, length, ...
     _required("prompt_tokens", pa.int32()),
     _required("completion_tokens", pa.int32()),
+    _required("tries", pa.int8()),  # answers asked for; tokens are those of all of them
     _required("seed", pa.int64()),
     _required("model", pa.string()),
 ]
@@ -64,6 +65,14 @@ SEEDS = pa.schema(
         _required("seed", pa.int64()),
     ]
 )
+DOMAINS = pa.schema(
+    [
+        _required("doc_id", pa.string()),
+        _required("task", pa.string()),
+        pa.field("probability", pa.float32()),  # of yes, of belonging to the domain
+        *_LLM_FIELDS,
+    ]
+)
 QUERIES = pa.schema(
     [
         _required("query_id", pa.string()),
@@ -73,15 +82,27 @@ QUERIES = pa.schema(
         *_LLM_FIELDS,
     ]
 )
+_ORIGIN = pa.list_(
+    pa.struct([_required("retriever", pa.string()), _required("rank", pa.int32())])  # from 1
+)
 CANDIDATES = pa.schema(
     [
         _required("query_id", pa.string()),
         _required("source_doc_id", pa.string()),
         _required("task", pa.string()),
-        _required("retriever", pa.string()),
-        _required("doc_ids", pa.list_(pa.string())),  # best first
-        _required("scores", pa.list_(pa.float32())),
+        _required("doc_ids", pa.list_(pa.string())),  # best first, after fusion
+        _required("scores", pa.list_(pa.float32())),  # of the fusion; of the only retriever
+        _required("origins", pa.list_(_ORIGIN)),  # of each candidate
         _required("num_excluded", pa.int32()),  # documents shut out before the cut
+    ]
+)
+HITS = pa.schema(
+    [
+        _required("shard", pa.string()),  # hash of the parts that it is made of
+        _required("query_block", pa.string()),  # hash of the queries and of what they exclude
+        _required("query_ids", pa.list_(pa.string())),
+        _required("doc_ids", pa.list_(pa.list_(pa.string()))),  # of each query, best first
+        _required("scores", pa.list_(pa.list_(pa.float32()))),
     ]
 )
 JUDGMENTS = pa.schema(
@@ -93,7 +114,22 @@ JUDGMENTS = pa.schema(
             "expected_label", pa.float32()
         ),  # mean of 1..5 under the score token, if asked for
         pa.field("confidence", pa.float32()),  # probability of the label under the score token
-        pa.field("analysis", pa.string()),  # the trajectory, as written
+        pa.field("analysis", pa.string()),  # the trajectory that gave the label, as written
+        _required("votes", pa.list_(pa.int8())),  # labels of all analyses that held one
+        pa.field("quick_label", pa.float32()),  # expected label of the cascade's first pass
+        _required("route", pa.string()),  # `full`, `quick` or `checked` (sure, analysed as well)
+        *_LLM_FIELDS,
+    ]
+)
+TRAJECTORIES = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        _required("doc_id", pa.string()),
+        _required("sample", pa.string()),  # number of the analysis of this pair, from 0
+        _required("task", pa.string()),
+        _required("prompt", pa.string()),
+        pa.field("answer", pa.string()),
+        pa.field("relevance_label", pa.int8()),
         *_LLM_FIELDS,
     ]
 )
@@ -123,7 +159,8 @@ SAMPLES = pa.schema(
         _required("rewritten_query", pa.string()),
         _required("positives", _LABELLED),
         _required("negatives", _LABELLED),
-        _required("source_doc_id", pa.string()),
+        pa.field("source_doc_id", pa.string()),  # null where samples of another origin name none
+        _required("split", pa.string()),  # `train` or `held_out`
     ]
 )
 RUNS = pa.schema(
@@ -159,9 +196,12 @@ class Artifact:
 ARTIFACTS: dict[str, Artifact] = {
     "corpus": Artifact(CORPUS, ("doc_id",)),
     "seeds": Artifact(SEEDS, ("query_id",)),
+    "domains": Artifact(DOMAINS, ("doc_id",)),
     "queries": Artifact(QUERIES, ("query_id",)),
+    "hits": Artifact(HITS, ("shard", "query_block")),
     "candidates": Artifact(CANDIDATES, ("query_id",)),
     "judgments": Artifact(JUDGMENTS, ("query_id", "doc_id")),
+    "trajectories": Artifact(TRAJECTORIES, ("query_id", "doc_id", "sample")),
     "rewrites": Artifact(REWRITES, ("query_id",)),
     "samples": Artifact(SAMPLES, ("query_id",)),
     "runs": Artifact(RUNS, ("query_id",)),
@@ -235,6 +275,14 @@ def stable_hash(*parts: object, size: int = 8) -> str:
     """Hex blake2b of the parts; the same on every machine and Python (ids, seeds, fingerprints)."""
     joined = "\x1f".join(str(part) for part in parts)
     return hashlib.blake2b(joined.encode(), digest_size=size).hexdigest()
+
+
+def text_id(text: str, *, instruction: str | None) -> str:
+    """Key of a vector: of a document's text (no instruction) or of a query under its instruction.
+
+    Bare documents and queries under an empty instruction are different things to an encoder.
+    """
+    return stable_hash("document" if instruction is None else f"query {instruction}", text, size=16)
 
 
 def row_seed(run_seed: int, *parts: object) -> int:

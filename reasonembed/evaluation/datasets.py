@@ -23,6 +23,9 @@ _Value = TypeVar("_Value")
 _SHOWN = 5  # ids named in a message
 
 
+_GENERIC = tasks.get("generic")
+
+
 @dataclass(frozen=True)
 class Collection:
     """What systems are compared on.
@@ -125,7 +128,7 @@ class Collection:
         return replace(self, name=f"{self.name} (duplicates credited)", qrels=qrels)
 
 
-def load_collection(name: str, *, task: str = "generic") -> Collection:
+def load_collection(name: str, *, task: tasks.Task = _GENERIC) -> Collection:
     """The packaged collection `python-stdlib`, or a folder in BEIR form.
 
     A folder holds `queries.jsonl` ({"_id", "text"}), `qrels/test.tsv` (query-id, corpus-id, score)
@@ -138,7 +141,6 @@ def load_collection(name: str, *, task: str = "generic") -> Collection:
 
     Raises:
         EvaluationError: A file is missing or malformed, or its parts contradict each other.
-        ConfigError: The task is unknown.
     """
     if name == PYTHON_STDLIB:
         return _python_stdlib()
@@ -148,7 +150,7 @@ def load_collection(name: str, *, task: str = "generic") -> Collection:
             f"no collection {name!r}: give {PYTHON_STDLIB!r} or a folder with queries.jsonl and "
             "qrels/test.tsv"
         )
-    return _beir(folder, tasks.get(task))
+    return _beir(folder, task)
 
 
 def _python_stdlib() -> Collection:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from reasonembed import tasks
 from reasonembed.config import AnnotateConfig
 from reasonembed.corpus import CorpusStore
 from reasonembed.llm.protocol import Completion, Engine, Request
 from reasonembed.remixer.answers import Verdict, cut_words, llm_fields, prompt_template, verdict
 from reasonembed.schemas import JUDGMENTS, Status, from_rows, row_seed
+from reasonembed.tasks import Task
 
 GRADES = ("1", "2", "3", "4", "5")
 _SCORE = re.compile(r"<score>((?:(?!<score>).)*?)</score>", re.IGNORECASE | re.DOTALL)
@@ -72,8 +72,10 @@ class Annotator:
         engine: Engine,
         corpus: CorpusStore,
         queries: Mapping[str, JudgedQuery],
+        tasks: Mapping[str, Task],
     ) -> None:
-        self._config, self._engine, self._corpus, self._queries = config, engine, corpus, queries
+        self._config, self._engine, self._corpus = config, engine, corpus
+        self._queries, self._tasks = queries, tasks
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
         """Maps rows of `PAIRS` to rows of `schemas.JUDGMENTS`."""
@@ -91,7 +93,7 @@ class Annotator:
 
     def _request(self, query_id: str, doc_id: str) -> Request:
         query = self._queries[query_id]
-        task = tasks.get(query.task)
+        task = self._tasks[query.task]
         prompt = prompt_template("annotate").substitute(
             relevance=task.relevance,
             query_kind=task.query_kind,

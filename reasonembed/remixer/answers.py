@@ -47,7 +47,7 @@ def verdict(completion: Completion) -> Verdict:
 
 
 def llm_fields(
-    outcome: Verdict, completion: Completion, *, seed: int, model: str
+    outcome: Verdict, completion: Completion, *, seed: int, model: str, tries: int = 1
 ) -> dict[str, Any]:
     """The columns that every LLM stage's rows carry (`schemas`)."""
     return {
@@ -56,6 +56,7 @@ def llm_fields(
         "finish_reason": completion.finish_reason,
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,
+        "tries": tries,
         "seed": seed,
         "model": model,
     }

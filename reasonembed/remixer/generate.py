@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
-from reasonembed import tasks
 from reasonembed.config import GenerateConfig
 from reasonembed.corpus import CorpusStore
 from reasonembed.llm.protocol import Completion, Engine, Request
@@ -21,6 +21,7 @@ from reasonembed.remixer.answers import (
     verdict,
 )
 from reasonembed.schemas import QUERIES, Status, from_rows
+from reasonembed.tasks import Task
 
 _NGRAM = 8
 # "I can't get this to work" is how people ask; "I can't help with that" is how models refuse.
@@ -37,8 +38,16 @@ _POINTS_AT_TEXT = re.compile(
 class QueryGenerator:
     """Writes queries; one row in, one row out, whatever the model does."""
 
-    def __init__(self, config: GenerateConfig, *, engine: Engine, corpus: CorpusStore) -> None:
-        self._config, self._engine, self._corpus = config, engine, corpus
+    def __init__(
+        self,
+        config: GenerateConfig,
+        *,
+        engine: Engine,
+        corpus: CorpusStore,
+        tasks: Mapping[str, Task],
+    ) -> None:
+        self._config, self._engine = config, engine
+        self._corpus, self._tasks = corpus, tasks
 
     def __call__(self, seeds: pa.Table) -> pa.Table:
         """Maps rows of `schemas.SEEDS` to rows of `schemas.QUERIES`."""
@@ -48,7 +57,7 @@ class QueryGenerator:
         return from_rows(done, QUERIES, where="queries")
 
     def _request(self, seed: dict[str, Any]) -> Request:
-        task = tasks.get(seed["task"])
+        task = self._tasks[seed["task"]]
         document = self._corpus.text(seed["source_doc_id"])
         prompt = prompt_template(self._config.prompt).substitute(
             document_kind=task.document_kind,

@@ -6,11 +6,11 @@ reasoning intensity would no longer tell where reasoning helps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
-from reasonembed import tasks
 from reasonembed.config import RewriteConfig
 from reasonembed.llm.protocol import Completion, Engine, Request
 from reasonembed.remixer.answers import (
@@ -23,6 +23,7 @@ from reasonembed.remixer.answers import (
     verdict,
 )
 from reasonembed.schemas import REWRITES, Status, from_rows, row_seed
+from reasonembed.tasks import Task
 
 _WORDS_PER_TOKEN = 0.7  # English prose under byte-pair tokenizers, rounded down
 
@@ -30,8 +31,8 @@ _WORDS_PER_TOKEN = 0.7  # English prose under byte-pair tokenizers, rounded down
 class Rewriter:
     """Writes q′; one row in, one row out."""
 
-    def __init__(self, config: RewriteConfig, *, engine: Engine) -> None:
-        self._config, self._engine = config, engine
+    def __init__(self, config: RewriteConfig, *, engine: Engine, tasks: Mapping[str, Task]) -> None:
+        self._config, self._engine, self._tasks = config, engine, tasks
 
     def __call__(self, queries: pa.Table) -> pa.Table:
         """Maps rows with `query_id`, `query`, `task` to rows of `schemas.REWRITES`."""
@@ -46,7 +47,7 @@ class Rewriter:
 
     def _request(self, row: dict[str, Any]) -> Request:
         prompt = prompt_template("rewrite").substitute(
-            document_kind=tasks.get(row["task"]).document_kind,
+            document_kind=self._tasks[row["task"]].document_kind,
             max_words=int(self._config.sampling.max_tokens * _WORDS_PER_TOKEN),
             query=cut_words(row["query"], self._config.max_document_words),
         )
