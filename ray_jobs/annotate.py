@@ -1,15 +1,17 @@
 """Judges every (query, candidate) pair 1–5 after a written analysis, on a pool of LLM actors."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
 from reasonembed.artifacts import Artifact
 from reasonembed.config import AnnotateConfig
 from reasonembed.llm.protocol import Engine
-from reasonembed.remixer.annotate import Annotator, JudgedQuery, plan_pairs
+from reasonembed.remixer.annotate import Annotator, JudgedQuery, plan_pairs, query_blocks
 from reasonembed.run import Run
 from reasonembed.schemas import Status
 
@@ -33,18 +35,23 @@ class _Make:
 
 def judge(
     job: Job, pairs: pa.Table, artifact: Artifact, queries: dict[str, JudgedQuery], *, label: str
-) -> dict[str, int]:
-    """Commits judgments of `pairs` to `artifact`."""
+) -> dict[str, Any]:
+    """Commits judgments of `pairs` to `artifact`, and says how they went."""
     config, runtime = job.run.config.annotate, job.run.config.runtime
     make = WithEngine(
         config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run, queries)
     )
     pool = runtime.annotate
-    run_planned(job, pairs, artifact, make, pool, label=label, overlap=pool.overlap)
-    return check_share(artifact, config.max_failed_share)
+    run_planned(
+        job, pairs, artifact, make, pool, label=label, overlap=pool.overlap, cut=query_blocks
+    )
+    counts = check_share(artifact, config.max_failed_share)
+    spent = artifact.history(columns=["prompt_tokens", "cached_tokens"])
+    read, cached = (pc.sum(column).as_py() or 0 for column in spent.columns)
+    return {**counts, "cached share of tokens read": round(cached / read, 3) if read else 0}
 
 
-def run(job: Job) -> dict[str, int]:
+def run(job: Job) -> dict[str, Any]:
     """Commits `judgments`."""
     artifact = job.run.artifact("judgments")
     job.run.begin("annotate", artifact)

@@ -1,33 +1,68 @@
-"""Turns judged candidates into training samples."""
+"""Turns judged candidates, or samples that were made elsewhere, into training samples."""
 
 from ray_jobs.job import Job, main
+from reasonembed.config import SampleSource
 from reasonembed.errors import QualityError
-from reasonembed.remixer.assemble import JUDGED_COLUMNS, assemble_samples
+from reasonembed.remixer.assemble import JUDGED_COLUMNS, Assembler, Inputs, SampleWriter
+from reasonembed.remixer.formats import read_source
 
 
 def run(job: Job) -> dict[str, int]:
-    """Commits `samples` as one part."""
+    """Commits `samples` in parts; only with the last of them the stage is finished."""
     artifact = job.run.artifact("samples")
     job.run.begin("assemble", artifact)
-    queries = job.run.artifact("queries").read()
-    names = queries.column("task").unique().to_pylist()
-    assembly = assemble_samples(
-        queries,
-        job.run.artifact("judgments").read(columns=JUDGED_COLUMNS),  # the analyses are long
-        job.run.artifact("rewrites").read(),
-        corpus=job.run.corpus_store(),
-        config=job.run.config.assemble,
-        instructions={name: job.run.config.task_table[name].instruction for name in names},
+    if (finished := artifact.finished()) is not None:
+        return finished
+    writer = SampleWriter(artifact)
+    if job.run.config.assemble.sources:
+        counts = {"sample": sum(_import(job, writer))}
+    else:
+        counts = _assemble(job, writer)
+    artifact.finish(counts | writer.counts())
+    return counts | writer.counts()
+
+
+def _assemble(job: Job, writer: SampleWriter) -> dict[str, int]:
+    run = job.run
+    assembler = Assembler(
+        Inputs(
+            queries=run.artifact("queries").read(),
+            candidates=run.artifact("candidates").read(columns=["query_id", "doc_ids"]),
+            judgments=run.artifact("judgments").read(columns=JUDGED_COLUMNS),
+            rewrites=run.artifact("rewrites").read(),
+            corpus=run.corpus_store(),
+        ),
+        config=run.config.assemble,
+        tasks=run.config.task_table,
+        max_query_similarity=run.config.generate.max_query_similarity,
     )
-    if not assembly.samples.num_rows:
+    if not writer.write(assembler.samples(), name="samples"):
         raise QualityError(
-            f"no query became a sample: {assembly.funnel}. With the threshold rule a query "
-            f"needs a label >= {job.run.config.assemble.positive_min} and one <= "
-            f"{job.run.config.assemble.negative_max} among its candidates."
+            f"no query became a sample: {assembler.funnel}. With the threshold rule a query "
+            f"needs a label >= {run.config.assemble.positive_min} and one <= "
+            f"{run.config.assemble.negative_max} among its candidates."
         )
-    if not artifact.commits():
-        artifact.commit("samples", assembly.samples)
-    return assembly.funnel
+    return assembler.funnel
+
+
+def _import(job: Job, writer: SampleWriter) -> list[int]:
+    config = job.run.config
+    counts = []
+    for number, source in enumerate(config.assemble.sources):
+        rows = read_source(
+            source, tasks=config.task_table, held_out_share=config.assemble.held_out_share
+        )
+        counts.append(writer.write(rows, name=f"source-{number:02d}"))
+        if not counts[-1]:
+            raise QualityError(f"assemble.sources: {source.path} holds no sample")
+        job.reporter.say(f"      {counts[-1]} samples from {source.path}{_remark(source)}")
+    return counts
+
+
+def _remark(source: SampleSource) -> str:
+    if source.form != "flagembedding":
+        return ""
+    return "; without rewritten queries all intensities are 1 and the loss is plain InfoNCE"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Measures the annotator: it judges pairs of the evaluation, whose gold is known."""
 
 from ray_jobs.annotate import judge
-from ray_jobs.embed import document_texts, embed, evaluation_texts, matrix
+from ray_jobs.embed import evaluated_vectors
 from ray_jobs.job import Job, main
 from reasonembed.remixer.annotate import JudgedQuery
 from reasonembed.remixer.audit import plan_audit
+from reasonembed.remixer.mine import MINER, read_documents
 
 
 def run(job: Job) -> dict[str, int]:
@@ -14,13 +15,11 @@ def run(job: Job) -> dict[str, int]:
         return {"pairs": 0}
     artifact = job.run.artifact("audit")
     job.run.begin("audit", artifact)
-    miner, collection = job.run.encoders.miner, job.run.collection
-    vectors = embed(job, "miner", miner, "evaluation", evaluation_texts(job))
-    documents = embed(job, "miner", miner, "documents", document_texts(job))
+    collection = job.run.collection
+    documents = read_documents(job.run.artifact("corpus"))
     pairs = plan_audit(
         collection,
-        *matrix(vectors),
-        *matrix(documents),
+        *evaluated_vectors(job, MINER, job.run.encoders.miner, documents),
         num_queries=config.audit_queries,
         corpus=job.run.corpus_store(),
         seed=config.seed,

@@ -1,132 +1,182 @@
-"""Embeds the corpus and the queries with the miner."""
+"""Embeds the corpus and the queries with every embedding model that mines."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import Mapper, run_planned
 from reasonembed.artifacts import Artifact
-from reasonembed.config import EncoderConfig, RuntimeConfig
+from reasonembed.config import DenseRetriever, EncoderConfig, EndpointRetriever, RuntimeConfig
 from reasonembed.embedder.contract import resolve_contract
 from reasonembed.embedder.encode import Embedder
+from reasonembed.embedder.endpoint import EndpointEmbedder
+from reasonembed.embedder.vectors import EmbedDocuments, EmbedTexts
+from reasonembed.errors import ConfigError
+from reasonembed.index.places import first_of_each, locate, places_for, read_vectors
 from reasonembed.models import resolve
-from reasonembed.remixer.mine import distinct_documents
-from reasonembed.schemas import Status, from_rows
+from reasonembed.remixer.duplicates import usable_queries
+from reasonembed.remixer.mine import MINER, Documents, read_documents
+from reasonembed.schemas import text_id
 
-Content = Literal["documents", "queries", "evaluation"]
 TEXTS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
-        pa.field("instruction", pa.string()),  # null for documents
+        pa.field("instruction", pa.string(), nullable=False),
     ]
 )
+Encoder = EncoderConfig | EndpointRetriever
 
 
 @dataclass(frozen=True)
-class EmbedTexts:
-    """Builds an embedder inside its actor and maps texts to vectors."""
+class _Open:
+    """Makes a mapper inside its actor: the weights, or the connection, first."""
 
-    encoder: EncoderConfig
+    encoder: Encoder
+    address: str | None
     runtime: RuntimeConfig
     schema: pa.Schema
+    corpus: Artifact | None
 
     def __call__(self) -> Mapper:
-        """Loads the weights; called once in each actor."""
-        embedder = Embedder.load(
+        embedder = self._embedder()
+        if self.corpus is None:
+            return EmbedTexts(embedder, self.schema)
+        return EmbedDocuments(embedder, self.schema, corpus=self.corpus)
+
+    def _embedder(self) -> Embedder | EndpointEmbedder:
+        if isinstance(self.encoder, EndpointRetriever):
+            assert self.address is not None, "checked by `embed`"
+            key = os.environ.get(self.runtime.engine.api_key_env)
+            timeout_s = self.runtime.engine.timeout_s
+            return EndpointEmbedder(
+                self.encoder, base_url=self.address, api_key=key, timeout_s=timeout_s
+            )
+        return Embedder.load(
             self.encoder,
             cache_dir=self.runtime.cache_dir,
             batch_tokens=self.runtime.batch_tokens,
             threads=self.runtime.embed.threads,
         )
-        return lambda texts: self._vectors(embedder, texts)
-
-    def _vectors(self, embedder: Embedder, texts: pa.Table) -> pa.Table:
-        rows: list[dict[str, object]] = []
-        for instruction in texts.column("instruction").unique().to_pylist():
-            part = texts.filter(
-                pc.equal(pc.fill_null(texts.column("instruction"), ""), instruction or "")
-            )
-            wanted = part.column("text").to_pylist()
-            if instruction is None:
-                vectors_ND = embedder.encode_documents(wanted)
-            else:
-                vectors_ND = embedder.encode_queries(wanted, instruction=instruction)
-            ids = part.column("id").to_pylist()
-            rows += [{"id": id_, "vector": v} for id_, v in zip(ids, vectors_ND, strict=True)]
-        return from_rows(rows, self.schema, where="embeddings")
 
 
-def embed(
-    job: Job, name: str, encoder: EncoderConfig, content: Content, texts: pa.Table
-) -> Artifact:
-    """Commits vectors of `texts` (rows of `TEXTS`) by one encoder; the same vectors only once."""
-    identity = job.run.encoder_identity(encoder)
-    path = resolve(encoder.model, cache_dir=job.run.config.runtime.cache_dir)
-    dimension = resolve_contract(path, encoder).dimension
-    artifact = job.run.vectors(name, content, dimension=dimension)
-    used = sorted({str(text) for text in texts.column("instruction").to_pylist()})
-    artifact.begin(identity | job.run.vectors_input(content) | {"instructions": used})
-    make = EmbedTexts(encoder, job.run.config.runtime, artifact.schema)
-    pool = job.run.config.runtime.embed
-    run_planned(job, texts, artifact, make, pool, label=f"embed {content} ({name})")
+def vectors(job: Job, encoder: Encoder) -> Artifact:
+    """Where an encoder's vectors are committed."""
+    if isinstance(encoder, EndpointRetriever):
+        dimension = encoder.dimension
+    else:
+        path = resolve(encoder.model, cache_dir=job.run.config.runtime.cache_dir)
+        dimension = resolve_contract(path, encoder).dimension
+    artifact = job.run.vectors(encoder, dimension=dimension)
+    artifact.begin(job.run.encoder_identity(encoder))
     return artifact
 
 
-def document_texts(job: Job) -> pa.Table:
-    """The corpus's distinct texts, as rows of `TEXTS`."""
-    store = job.run.corpus_store()
-    ids = distinct_documents(store)
-    rows = [{"id": id_, "text": store.text(id_), "instruction": None} for id_ in ids]
-    return from_rows(rows, TEXTS, where="documents")
+def embed(job: Job, name: str, encoder: Encoder, planned: pa.Table, *, label: str) -> Artifact:
+    """Commits the vectors that are missing.
+
+    Args:
+        job: Surroundings.
+        name: Of the encoder: a retriever's, or a system's of the evaluation.
+        encoder: What embeds.
+        planned: Rows of `TEXTS`, or documents as `document_places` gives them.
+        label: What is embedded, for the progress line.
+
+    Raises:
+        ConfigError: The encoder is an endpoint without an address.
+    """
+    runtime = job.run.config.runtime
+    address = None
+    if isinstance(encoder, EndpointRetriever):
+        address = runtime.endpoints.get(name)
+        if address is None:
+            raise ConfigError(
+                f"mine.also.{name} is an endpoint, but runtime.endpoints names no address for it; "
+                f"set runtime.endpoints.{name} to its address up to /v1"
+            )
+    artifact = vectors(job, encoder)
+    corpus = None if "text" in planned.column_names else job.run.artifact("corpus")
+    make = _Open(encoder, address, runtime, artifact.schema, corpus)
+    run_planned(job, planned, artifact, make, runtime.embed, label=f"embed {label} ({name})")
+    return artifact
+
+
+def document_places(documents: Documents) -> pa.Table:
+    """Every distinct text by its key and place, so that blocks hold texts of like length."""
+    rows = documents.table.rename_columns({"text_id": "id"})
+    order = [(column, "ascending") for column in ("part", "group", "chars", "id")]
+    return rows.sort_by(order).select(["id", "part", "group", "row"])
 
 
 def query_texts(job: Job) -> pa.Table:
-    """The usable queries, as rows of `TEXTS`."""
-    rows = [
-        {
-            "id": row["query_id"],
-            "text": row["query"],
-            "instruction": job.run.config.task_table[row["task"]].instruction,
-        }
-        for row in job.run.artifact("queries").read().to_pylist()
-        if row["status"] == Status.OK
-    ]
-    return from_rows(rows, TEXTS, where="queries")
+    """The used queries, as rows of `TEXTS`."""
+    config = job.run.config
+    limit = config.generate.max_query_similarity
+    queries, _ = usable_queries(job.run.artifact("queries").read(), max_similarity=limit)
+    tasks = config.task_table
+    return _texts(
+        (row["query"], tasks[row["task"]].instruction)
+        for row in queries.select(["query", "task"]).to_pylist()
+    )
 
 
 def evaluation_texts(job: Job) -> pa.Table:
     """The evaluation's queries, as rows of `TEXTS`."""
+    return _texts((text, job.run.instruction) for text in job.run.collection.queries.values())
+
+
+def _texts(pairs: Iterator[tuple[str, str]]) -> pa.Table:
     rows = [
-        {"id": id_, "text": text, "instruction": job.run.instruction}
-        for id_, text in job.run.collection.queries.items()
+        {"id": text_id(text, instruction=instruction), "text": text, "instruction": instruction}
+        for text, instruction in pairs
     ]
-    return from_rows(rows, TEXTS, where="evaluation queries")
+    rows.sort(key=lambda row: (len(row["text"]), row["id"]))
+    return first_of_each(pa.Table.from_pylist(rows, schema=TEXTS), "id")
 
 
-def matrix(artifact: Artifact) -> tuple[list[str], NDArray[np.float32]]:
-    """Ids and vectors of an embeddings artifact, in the order of the ids."""
-    table = artifact.read()
-    dimension = artifact.schema.field("vector").type.list_size
-    flat = table.column("vector").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    vectors_ND = np.ascontiguousarray(flat.reshape(-1, dimension), dtype=np.float32)
-    return table.column("id").to_pylist(), vectors_ND
+def matrix(artifact: Artifact, ids: list[str]) -> NDArray:
+    """Vectors of text ids in their order, float32 [N, D]; all of them are in memory."""
+    places = places_for(pa.array(ids, pa.string()), locate(artifact), name=artifact.name)
+    return read_vectors(artifact, places)
+
+
+def evaluated_vectors(
+    job: Job, name: str, encoder: EncoderConfig, documents: Documents
+) -> tuple[list[str], NDArray, list[str], NDArray]:
+    """The evaluation's queries and the distinct documents: ids and vectors of both."""
+    queries = job.run.collection.queries
+    embed(job, name, encoder, document_places(documents), label="documents")
+    artifact = embed(job, name, encoder, evaluation_texts(job), label="evaluation queries")
+    query_ids = sorted(queries)
+    ids = [text_id(queries[one], instruction=job.run.instruction) for one in query_ids]
+    text_ids = documents.table.column("text_id").to_pylist()
+    found = matrix(artifact, [*ids, *text_ids])
+    return query_ids, found[: len(ids)], documents.doc_ids.to_pylist(), found[len(ids) :]
+
+
+def dense_retrievers(job: Job) -> dict[str, Encoder]:
+    """Every retriever that embeds, by name."""
+    found: dict[str, Encoder] = {MINER: job.run.encoders.miner}
+    for name, other in job.run.config.mine.also.items():
+        if isinstance(other, DenseRetriever):
+            found[name] = other.encoder
+        elif isinstance(other, EndpointRetriever):
+            found[name] = other
+    return found
 
 
 def run(job: Job) -> dict[str, int]:
-    """Commits `embeddings/miner-documents` and `embeddings/miner-queries`."""
-    miner = job.run.encoders.miner
-    documents = embed(job, "miner", miner, "documents", document_texts(job))
-    queries = embed(job, "miner", miner, "queries", query_texts(job))
-    return {
-        "document vectors": documents.read(columns=["id"]).num_rows,
-        "query vectors": queries.read(columns=["id"]).num_rows,
-    }
+    """Commits the vectors that mining needs."""
+    documents = read_documents(job.run.artifact("corpus"))
+    places, texts = document_places(documents), query_texts(job)
+    for name, encoder in dense_retrievers(job).items():
+        embed(job, name, encoder, places, label="documents")
+        embed(job, name, encoder, texts, label="queries")
+    return {"document texts": places.num_rows, "query texts": texts.num_rows}
 
 
 if __name__ == "__main__":

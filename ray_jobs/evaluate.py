@@ -4,12 +4,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ray_jobs.embed import document_texts, embed, evaluation_texts, matrix
+from ray_jobs.embed import evaluated_vectors
 from ray_jobs.job import Job, main
 from reasonembed.evaluation.metrics import Run as RankedRun
 from reasonembed.evaluation.runs import to_table, write_trec
 from reasonembed.evaluation.scorecard import scorecard
 from reasonembed.evaluation.systems import bm25_run, dense_run, with_duplicates
+from reasonembed.remixer.mine import MINER, read_documents
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -42,18 +43,15 @@ def _runs(job: Job) -> dict[str, RankedRun]:
             collection.queries, documents, excluded=collection.excluded, k=config.top_k
         )
     encoders = job.run.encoders
+    distinct = read_documents(job.run.artifact("corpus"))
     for name, label, encoder in (
-        ("miner", "miner", encoders.miner),
+        ("miner", MINER, encoders.miner),
         ("before", "backbone", encoders.backbone),
         ("after", "trained", encoders.trained),
     ):
-        documents_table, queries_table = document_texts(job), evaluation_texts(job)
+        query_ids, query_vectors_QD, *found = evaluated_vectors(job, label, encoder, distinct)
         doc_ids, doc_vectors_ND = with_duplicates(
-            *matrix(embed(job, label, encoder, "documents", documents_table)),
-            twins=lambda doc_id: store.group_members(store.group(doc_id)),
-        )
-        query_ids, query_vectors_QD = matrix(
-            embed(job, label, encoder, "evaluation", queries_table)
+            *found, twins=lambda doc_id: store.group_members(store.group(doc_id))
         )
         runs[name] = dense_run(
             query_vectors_QD,

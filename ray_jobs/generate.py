@@ -6,6 +6,7 @@ from ray_jobs.job import Job, main
 from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
 from reasonembed.config import GenerateConfig
 from reasonembed.llm.protocol import Engine
+from reasonembed.remixer.duplicates import usable_queries
 from reasonembed.remixer.generate import QueryGenerator
 from reasonembed.run import Run
 
@@ -39,7 +40,10 @@ def run(job: Job) -> dict[str, int]:
         label="generate",
         overlap=runtime.generate.overlap,
     )
-    return check_share(artifact, config.max_failed_share)
+    counts = check_share(artifact, config.max_failed_share)
+    queries = artifact.read(columns=["query_id", "query", "status"])
+    _, dropped = usable_queries(queries, max_similarity=config.max_query_similarity)
+    return counts | {"ok, but near-duplicates": len(dropped)}
 
 
 if __name__ == "__main__":

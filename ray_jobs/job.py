@@ -45,6 +45,7 @@ def session(
     *,
     retry: frozenset[str] = frozenset(),
     prepare: Callable[[Run], None] | None = None,
+    is_growing: bool = False,
 ) -> Iterator[Job]:
     """Locks the run, joins or starts Ray, and keeps Ray's own noise in `logs/ray.log`.
 
@@ -52,8 +53,9 @@ def session(
         config: The run's configuration.
         retry: Statuses of rows that are computed again.
         prepare: Called with the locked run before Ray starts.
+        is_growing: See `Run`.
     """
-    run = Run(config)
+    run = Run(config, is_growing=is_growing)
     with locked(run.dir), _quiet(run.dir / "logs" / "ray.log") as console:
         if prepare:
             prepare(run)
@@ -92,7 +94,7 @@ def join_or_start(runtime: RuntimeConfig) -> None:
 def _check_resources(runtime: RuntimeConfig, have: Mapping[str, float]) -> None:
     """Refuses pools that this machine can never hold; Ray would wait for them without a word."""
     wanted = {}
-    for name in ("generate", "embed", "annotate", "rewrite"):
+    for name in ("filter", "generate", "embed", "mine", "annotate", "rewrite", "distill"):
         pool: PoolConfig = getattr(runtime, name)
         wanted[name] = (pool.min_actors * pool.num_cpus, pool.min_actors * pool.num_gpus)
     train = runtime.train

@@ -107,6 +107,7 @@ def run_planned(
     *,
     label: str,
     overlap: int = 1,
+    cut: Callable[[pa.Table, int], list[pa.Table]] | None = None,
 ) -> int:
     """Computes the rows of `planned` that `artifact` lacks.
 
@@ -118,6 +119,7 @@ def run_planned(
         pool: Actors and rows in a block.
         label: For the progress line.
         overlap: Blocks that an actor takes at once.
+        cut: Cuts rows into blocks of at most so many; default all of that size but the last.
 
     Returns:
         Number of rows that were computed now.
@@ -125,7 +127,7 @@ def run_planned(
     todo = artifact.missing(planned, retry=job.retry)
     if not todo.num_rows:
         return 0
-    blocks = [todo.slice(i, pool.batch_rows) for i in range(0, todo.num_rows, pool.batch_rows)]
+    blocks = (cut or _equal_blocks)(todo, pool.batch_rows)
     dataset = ray.data.from_arrow(blocks).map_batches(
         OverlappingWorker if overlap > 1 else Worker,
         fn_constructor_kwargs={"make": make},
@@ -150,6 +152,10 @@ def run_planned(
     ):
         dataset.write_datasink(LedgerSink(artifact), ray_remote_args={"num_cpus": _WRITE_CPUS})
     return todo.num_rows
+
+
+def _equal_blocks(table: pa.Table, rows: int) -> list[pa.Table]:
+    return [table.slice(i, rows) for i in range(0, table.num_rows, rows)]
 
 
 class CommittedRows:

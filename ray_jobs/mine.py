@@ -1,43 +1,263 @@
-"""Mines candidates for every query, its source and the source's duplicates shut out."""
+"""Mines candidates for every query, its source and what repeats the source shut out."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
-from ray_jobs.embed import document_texts, embed, matrix, query_texts
+from ray_jobs.embed import Encoder, dense_retrievers, document_places, embed, query_texts
 from ray_jobs.job import Job, main
-from reasonembed.remixer.mine import mine_candidates
-from reasonembed.schemas import Status
+from ray_jobs.ledger import Mapper, run_planned
+from reasonembed.artifacts import Artifact
+from reasonembed.config import BM25Retriever, RunRetriever
+from reasonembed.index.bm25 import BM25Index
+from reasonembed.index.exact import NO_DOCUMENT, Positions, Scores
+from reasonembed.index.places import Wanted, by_row_group, locate
+from reasonembed.index.shards import (
+    CommittedHits,
+    ShardSearch,
+    block_keys,
+    block_rows,
+    excluded_positions,
+    group_queries,
+    plan_shards,
+)
+from reasonembed.remixer.duplicates import usable_queries
+from reasonembed.remixer.mine import (
+    Churn,
+    Documents,
+    RunFile,
+    ShutOut,
+    SourceIndex,
+    candidates,
+    changed_rows,
+    churn,
+    plan_queries,
+    read_documents,
+    shut_out,
+    texts_at,
+    texts_of,
+)
+from reasonembed.schemas import stable_hash
+
+# Scores and positions of a block of queries; the number is the block's.
+Ranker = Callable[[int, pa.Table], tuple[Scores, Positions]]
 
 
-def run(job: Job) -> dict[str, int]:
-    """Commits `candidates`; the search is exact and takes seconds, so the driver does it."""
-    config = job.run.config.mine
+@dataclass(frozen=True)
+class Plan:
+    """What is searched, what is asked, and what must not be found."""
+
+    documents: Documents
+    shut: ShutOut
+    blocks: list[pa.Table]
+
+    @property
+    def searched(self) -> pa.Table:
+        """The documents without those that no query gets."""
+        return self.documents.table.take(self.searched_rows)
+
+    @property
+    def searched_rows(self) -> np.ndarray:
+        """Rows of `documents.table`, ascending."""
+        rows = np.arange(self.documents.table.num_rows)
+        return np.setdiff1d(rows, list(self.shut.always)).astype(np.int64)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Commits `hits`, and of `candidates` the rows that are new or another list than before."""
     artifact = job.run.artifact("candidates")
     job.run.begin("mine", artifact)
-    queries = job.run.artifact("queries").read()
-    queries = artifact.missing(queries.filter(pc.field("status") == str(Status.OK)))
-    if queries.num_rows:
-        # Through `embed`, which refuses vectors of another encoder and adds what is missing.
-        miner = job.run.encoders.miner
-        doc_ids, doc_vectors_ND = matrix(
-            embed(job, "miner", miner, "documents", document_texts(job))
-        )
-        ids, vectors_QD = matrix(embed(job, "miner", miner, "queries", query_texts(job)))
-        row_of = {id_: row for row, id_ in enumerate(ids)}
-        rows = [row_of[id_] for id_ in queries.column("query_id").to_pylist()]
-        table = mine_candidates(
-            queries,
-            vectors_QD[rows],
-            doc_ids,
-            doc_vectors_ND,
-            corpus=job.run.corpus_store(),
-            config=config,
-        )
-        artifact.commit(f"candidates-{len(artifact.commits()):06d}", table)
-    done = artifact.read()
+    documents = read_documents(job.run.artifact("corpus"))
+    limit = job.run.config.generate.max_query_similarity
+    queries, _ = usable_queries(job.run.artifact("queries").read(), max_similarity=limit)
+    asked = queries.select(["query_id", "query"]).sort_by("query_id")
+    state = {
+        "documents": stable_hash(*documents.table.column("text_id").to_pylist(), size=16),
+        "queries": stable_hash(*asked.to_pylist(), size=16),
+    }
+    notes: dict[str, Any] = {}
+    if queries.num_rows and artifact.finished() != state:
+        plan = _plan(job, documents, queries)
+        rankers = _rankers(job, plan, notes)
+        notes |= _commit(job, artifact, plan, rankers)
+        artifact.finish(state)
+    done = artifact.read(columns=["doc_ids", "num_excluded"])
     return {
         "queries": done.num_rows,
-        "candidates": sum(len(ids) for ids in done.column("doc_ids").to_pylist()),
-        "documents shut out": sum(done.column("num_excluded").to_pylist()),
+        "candidates": pc.sum(pc.list_value_length(done.column("doc_ids"))).as_py() or 0,
+        "documents shut out": pc.sum(done.column("num_excluded")).as_py() or 0,
+        **notes,
+    }
+
+
+def _plan(job: Job, documents: Documents, queries: pa.Table) -> Plan:
+    config = job.run.config.mine
+    if config.top_k >= documents.table.num_rows:
+        job.reporter.say(
+            f"      mine.top_k {config.top_k} is more than the corpus has to give "
+            f"({documents.table.num_rows} distinct texts): queries get fewer candidates"
+        )
+    sources = np.unique(documents.positions(queries.column("source_doc_id").to_pylist()))
+    near = _near_duplicates(job, documents, sources)
+    shut = shut_out(documents, sources.tolist(), near=near, exclude_ids=config.exclude_ids)
+    tasks = job.run.config.task_table
+    planned = plan_queries(queries, documents, shut, tasks=tasks)
+    hits = job.run.artifact("hits")
+    hits.begin({})  # dated by the keys of its rows
+    blocks = group_queries(
+        planned,
+        CommittedHits(hits).blocks(),
+        k=config.top_k,
+        max_queries=job.run.config.runtime.mine.query_block,
+    )
+    return Plan(documents, shut, blocks)
+
+
+def _near_duplicates(
+    job: Job, documents: Documents, sources: np.ndarray
+) -> Iterator[tuple[int, int]]:
+    """Rows of sources and of documents that nearly repeat them, from tasks over row groups."""
+    limit, corpus = job.run.config.mine.max_source_similarity, job.run.artifact("corpus")
+    if limit == 1:
+        return
+    texts = texts_at(corpus, documents.table.take(sources))
+    index = ray.put(SourceIndex(texts, max_similarity=limit))
+    wanted = list(by_row_group(documents.table))
+    found = ray.get([_near_in.remote(corpus, index, one) for one in wanted])
+    for one, pairs in zip(wanted, found, strict=True):
+        for row, source in pairs:
+            yield int(sources[source]), int(one.where[row])
+
+
+@ray.remote(num_cpus=1)
+def _near_in(corpus: Artifact, index: SourceIndex, wanted: Wanted) -> list[tuple[int, int]]:
+    texts = texts_of(corpus, wanted)
+    return [(row, one) for row, text in enumerate(texts) for one in index.sources_of(text)]
+
+
+def _rankers(job: Job, plan: Plan, notes: dict[str, Any]) -> dict[str, Ranker]:
+    config = job.run.config.mine
+    rankers: dict[str, Ranker] = {}
+    for name, encoder in dense_retrievers(job).items():
+        rankers[name] = _dense(job, name, encoder, plan)
+    for name, other in config.also.items():
+        if isinstance(other, BM25Retriever):
+            rankers[name] = _bm25(job, other, plan)
+        elif isinstance(other, RunRetriever):
+            file = RunFile(other.path, plan.documents, always=plan.shut.always)
+            asked = [id_ for block in plan.blocks for id_ in block.column("query_id").to_pylist()]
+            notes[f"queries that {name} lacks"] = file.missing(asked)
+            rankers[name] = lambda _, block, file=file: file.search(block, k=config.top_k)
+    return rankers
+
+
+def _dense(job: Job, name: str, encoder: Encoder, plan: Plan) -> Ranker:
+    """Searches every shard for every block; what is committed already is not searched again."""
+    k, pool = job.run.config.mine.top_k, job.run.config.runtime.mine
+    embed(job, name, encoder, document_places(plan.documents), label="documents")
+    # Through `embed`, which adds what is missing where the stage was begun in the middle.
+    artifact = embed(job, name, encoder, query_texts(job), label="queries")
+    located = locate(artifact)
+    shards = plan_shards(
+        plan.searched, located, name=artifact.name, max_documents=pool.shard_documents
+    )
+    keys = [block_keys(block, shards, name=artifact.name, k=k) for block in plan.blocks]
+    tables = {shard.key: ray.put(shard.rows) for shard in shards}
+    for block, of_shards in zip(plan.blocks, keys, strict=True):
+        held = ray.put(block_rows(block, located, name=artifact.name))
+        tables |= dict.fromkeys(of_shards, held)
+    pairs = [
+        {"shard": shard.key, "query_block": of_shards[number]}
+        for number, shard in enumerate(shards)  # pairs of a shard together: it is loaded once
+        for of_shards in keys
+    ]
+    if pairs:
+        planned = pa.Table.from_pylist(pairs)
+        hits = job.run.artifact("hits")
+        run_planned(
+            job, planned, hits, _Search(artifact, tables, k), pool, label=f"search ({name})"
+        )
+    found = CommittedHits(job.run.artifact("hits"))
+
+    def rank(number: int, block: pa.Table) -> tuple[Scores, Positions]:
+        pairs = [(shard.key, key) for shard, key in zip(shards, keys[number], strict=True)]
+        if not pairs:
+            return _nothing(block.num_rows)
+        return found.merged(pairs, doc_ids=plan.documents.doc_ids, k=k)
+
+    return rank
+
+
+@dataclass(frozen=True)
+class _Search:
+    vectors: Artifact
+    tables: dict[str, Any]
+    k: int
+
+    def __call__(self) -> Mapper:
+        return ShardSearch(self.vectors, shard=self._get, block=self._get, k=self.k)
+
+    def _get(self, key: str) -> pa.Table:
+        return ray.get(self.tables[key])
+
+
+def _bm25(job: Job, config: BM25Retriever, plan: Plan) -> Ranker:
+    searched = plan.searched
+    if not searched.num_rows:
+        return lambda _, block: _nothing(block.num_rows)
+    corpus = job.run.artifact("corpus")
+    actor = _BM25.remote(corpus, searched, k1=config.k1, b=config.b)
+    rows, k = plan.searched_rows, job.run.config.mine.top_k
+
+    def rank(_: int, block: pa.Table) -> tuple[Scores, Positions]:
+        scores_QK, found_QK = ray.get(actor.search.remote(block.select(["query", "excluded"]), k))
+        return scores_QK, np.where(found_QK == NO_DOCUMENT, NO_DOCUMENT, rows[found_QK])
+
+    return rank
+
+
+@ray.remote(num_cpus=1)
+class _BM25:
+    """The one process that holds the corpus's words."""
+
+    def __init__(self, corpus: Artifact, documents: pa.Table, *, k1: float, b: float) -> None:
+        self._index = BM25Index(texts_at(corpus, documents), k1=k1, b=b)
+        self._doc_ids = documents.column("doc_id").combine_chunks()
+
+    def search(self, block: pa.Table, k: int) -> tuple[Scores, Positions]:
+        shut = excluded_positions(block.column("excluded"), self._doc_ids)
+        return self._index.search(block.column("query").to_pylist(), k=k, excluded=shut)
+
+
+def _nothing(num_queries: int) -> tuple[Scores, Positions]:
+    return np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
+
+
+def _commit(job: Job, artifact: Artifact, plan: Plan, rankers: dict[str, Ranker]) -> dict[str, Any]:
+    """Fuses block by block, commits what differs, and says how much that is."""
+    config, total = job.run.config.mine, Churn()
+    earlier = artifact
+    if not artifact.commits():  # a second round compares with the first one's
+        name = "candidates-before"
+        earlier = Artifact(job.run.dir / name, schema=artifact.schema, key=artifact.key, name=name)
+    for number, block in enumerate(plan.blocks):
+        found = {name: rank(number, block) for name, rank in rankers.items()}
+        new = candidates(block, found, doc_ids=plan.documents.doc_ids, config=config)
+        only = pc.field("query_id").isin(block.column("query_id").combine_chunks())
+        total += churn(new, earlier.read(only=only))
+        changed = changed_rows(new, artifact.read(only=only))
+        if changed.num_rows:
+            artifact.commit(f"candidates-{len(artifact.commits()):06d}", changed)
+    if not total.compared:
+        return {}
+    return {
+        "queries with other candidates than before": total.changed,
+        "share of candidates replaced": round(total.replaced / total.compared, 4),
     }
 
 

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 
-import pyarrow.compute as pc
-
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
 from reasonembed.config import RewriteConfig
 from reasonembed.llm.protocol import Engine
+from reasonembed.remixer.duplicates import usable_queries
 from reasonembed.remixer.rewrite import Rewriter
-from reasonembed.schemas import Status
 from reasonembed.tasks import Task
 
 
@@ -28,7 +26,8 @@ def run(job: Job) -> dict[str, int]:
     artifact = job.run.artifact("rewrites")
     job.run.begin("rewrite", artifact)
     queries = job.run.artifact("queries").read(columns=["query_id", "query", "task", "status"])
-    planned = queries.filter(pc.field("status") == str(Status.OK)).drop_columns(["status"])
+    limit = job.run.config.generate.max_query_similarity
+    planned, _ = usable_queries(queries, max_similarity=limit)
     make = WithEngine(
         config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run.config.task_table)
     )

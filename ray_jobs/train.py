@@ -1,7 +1,9 @@
 """Fine-tunes the backbone with Ray Train; a new driver goes on from the last checkpoint."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from ray_jobs.job import Job, main
 from reasonembed.artifacts import append_json_line, digest, json_lines
 from reasonembed.config import TrainConfig, TrainRuntime
 from reasonembed.models import resolve
-from reasonembed.redapter.batches import BatchPlan, samples_from_rows
+from reasonembed.redapter.batches import BatchPlan, read_samples
 from reasonembed.redapter.loop import Metrics
 from reasonembed.redapter.loop import train as train_loop
+from reasonembed.remixer.formats import finished_samples
 from reasonembed.run import Run
 
 KEPT_CHECKPOINTS = 2
@@ -33,25 +36,41 @@ class _Payload:
 
 def _worker(payload: dict[str, _Payload]) -> None:
     work = payload["payload"]
+    weights = resolve(work.config.encoder.model, cache_dir=work.run.config.runtime.cache_dir)
+    samples = read_samples(work.run.artifact("samples").parts())
+    in_worker(
+        partial(train_loop, work.config, samples, weights=weights, runtime=work.runtime),
+        log=work.run.dir / "train" / "log.jsonl",
+        steps=work.steps,
+        runtime=work.runtime,
+    )
+
+
+def in_worker(loop: Callable[..., object], *, log: Path, steps: int, runtime: TrainRuntime) -> None:
+    """Runs a training loop in a worker of Ray Train: its log, its checkpoints, where it goes on.
+
+    Args:
+        loop: Called with `output_dir`, `report`, `resume_from`, `rank` and `world_size`, as
+            `redapter.loop.train` takes them.
+        log: Written by the first worker.
+        steps: How many the loop does in all.
+        runtime: How often it saves.
+    """
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    log = TrainLog(work.run.dir / "train" / "log.jsonl") if rank == 0 else None
+    lines = TrainLog(log) if rank == 0 else None
 
     def report(metrics: Metrics, checkpoint: Path | None) -> None:
-        if log:
-            log.append(metrics)
+        if lines:
+            lines.append(metrics)
         done = int(metrics["step"]) + 1
         # A report is a barrier of all workers, so it is made where a checkpoint is, not each step.
-        if done % work.runtime.checkpoint_every == 0 or done == work.steps:
+        if done % runtime.checkpoint_every == 0 or done == steps:
             saved = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None
             ray.train.report(metrics, checkpoint=saved, delete_local_checkpoint_after_upload=True)
 
     def start(resume_from: Path | None) -> None:
-        train_loop(
-            work.config,
-            samples_from_rows(work.run.artifact("samples").read().to_pylist()),
-            weights=resolve(work.config.encoder.model, cache_dir=work.run.config.runtime.cache_dir),
-            runtime=work.runtime,
+        loop(
             output_dir=Path(tempfile.mkdtemp(prefix="redapter-")),
             report=report,
             resume_from=resume_from,
@@ -87,15 +106,16 @@ def run(job: Job) -> dict[str, Any]:
     """Writes `train/adapter`."""
     directory = job.run.directory("train")
     config, runtime = job.run.config.train, job.run.config.runtime.train
-    samples = samples_from_rows(job.run.artifact("samples").read().to_pylist())
-    steps = BatchPlan(samples, config).total_steps  # refuses what cannot be trained on
+    samples = read_samples(finished_samples(job.run.dir).parts())
+    plan = BatchPlan(samples, config, num_workers=runtime.num_workers)
+    steps = plan.total_steps
     job.run.begin("train", directory)
     if (finished := directory.finished()) is not None:
         return finished
     log = TrainLog(job.run.dir / "train" / "log.jsonl")
     payload = _Payload(config, runtime, job.run, steps)
     with job.reporter.watching("train", total=steps, done=lambda: len(log.steps()), unit="steps"):
-        result = _trainer(job, payload).fit()
+        result = trainer(_worker, payload, runtime=runtime, storage=job.run.dir / "train").fit()
     assert result.checkpoint is not None, "training ended without a checkpoint"
     adapter = job.run.dir / "train" / "adapter"
     result.checkpoint.to_directory(str(adapter))
@@ -110,11 +130,24 @@ def run(job: Job) -> dict[str, Any]:
     return summary
 
 
-def _trainer(job: Job, payload: _Payload) -> TorchTrainer:
-    runtime = payload.runtime
+def trainer(
+    worker: Callable[[dict[str, Any]], None],
+    payload: object,
+    *,
+    runtime: TrainRuntime,
+    storage: Path,
+) -> TorchTrainer:
+    """Workers that train together and go on from the last checkpoint in `storage`.
+
+    Args:
+        worker: Runs in each of them; gets `{"payload": payload}`.
+        payload: Small and picklable.
+        runtime: How many workers, and what each holds.
+        storage: The stage's directory.
+    """
     per_worker = {"CPU": runtime.num_cpus} | ({"GPU": 1.0} if runtime.use_gpu else {})
     return TorchTrainer(
-        _worker,
+        worker,
         train_loop_config={"payload": payload},
         torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -126,7 +159,7 @@ def _trainer(job: Job, payload: _Payload) -> TorchTrainer:
             # The same name in the same place is what lets a new driver go on from the old one's
             # checkpoints.
             name="checkpoints",
-            storage_path=str((job.run.dir / "train").absolute()),
+            storage_path=str(storage.absolute()),
             failure_config=FailureConfig(max_failures=runtime.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),

@@ -17,9 +17,10 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from reasonembed.schemas import ARTIFACTS, conform, stable_hash
 _KEY_SEPARATOR = "\x1f"
 _STAGE = "_stage.json"
 _Record = TypeVar("_Record")
+_ROW_GROUP = 8_192  # rows that a reader holds at once where it goes through a part
 _BLOCK_BYTES = 2**30  # half of what 32-bit offsets reach, for rows are not all of one length
 
 
@@ -72,17 +74,34 @@ class StageDirectory:
         self.name, self.uri = name, str(uri)
         self._fs, self._root = _filesystem(self.uri)
 
-    def begin(self, identity: dict[str, Any], *, version: str = "") -> None:
+    def begin(
+        self,
+        identity: dict[str, Any],
+        *,
+        version: str = "",
+        may_change: Callable[[str], bool] | None = None,
+    ) -> None:
         """Claims the directory for `identity`, or checks that it already belongs to it.
 
         A directory that holds no result yet changes hands: a mistake in the configuration that
         showed before anything was made costs nothing.
+
+        Args:
+            identity: What decides the result, flat.
+            version: Of this software; kept for people.
+            may_change: Which fields may differ from those that made it; the new identity is then
+                noted and the rows stay.
 
         Raises:
             DriftError: It was made with another identity; the fields that differ are named.
             StorageError: The directory cannot be written.
         """
         stored = self.stage()
+        if stored is not None and may_change is not None:
+            grown = {key: value for key, value in identity.items() if may_change(key)}
+            kept = {key: value for key, value in stored.identity.items() if not may_change(key)}
+            if kept | grown == identity != stored.identity:
+                stored = None
         if stored is None or (stored.identity != identity and self._is_empty()):
             stage = Stage(name=self.name, identity=identity, version=version)
             self._write(f"{self._root}/{_STAGE}", _json(asdict(stage)))
@@ -168,16 +187,21 @@ class Artifact(StageDirectory):
     """A stage directory of committed Parquet parts with one schema and key."""
 
     def __init__(
-        self, uri: str | Path, *, schema: pa.Schema, key: tuple[str, ...], name: str
+        self,
+        uri: str | Path,
+        *,
+        schema: pa.Schema,
+        key: tuple[str, ...],
+        name: str,
+        latest_wins: bool = False,
     ) -> None:
         super().__init__(uri, name=name)
-        self.schema, self.key = schema, key
+        self.schema, self.key, self._latest_wins = schema, key, latest_wins
 
     @classmethod
     def declared(cls, uri: str | Path, kind: str) -> Artifact:
         """The artifact `kind` of `schemas.ARTIFACTS` at `uri`."""
-        declared = ARTIFACTS[kind]
-        return cls(uri, schema=declared.schema, key=declared.key, name=kind)
+        return cls(uri, name=kind, **vars(ARTIFACTS[kind]))
 
     # ---- writing ----------------------------------------------------------------------------
 
@@ -194,7 +218,7 @@ class Artifact(StageDirectory):
             double = [key for key, count in Counter(keys).items() if count > 1]
             raise SchemaError(f"{self.uri} part {part}: keys occur twice: {double[:3]}")
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, write_page_checksum=True)
+        pq.write_table(table, sink, write_page_checksum=True, row_group_size=_ROW_GROUP)
         self._write(f"{self._root}/data/{part}.parquet", sink.getvalue().to_pybytes())
         statuses = table.column("status").to_pylist() if "status" in table.column_names else []
         record = Commit(
@@ -237,7 +261,8 @@ class Artifact(StageDirectory):
         """
         status = ["status"] if "status" in self.schema.names else []
         wanted = list(dict.fromkeys([*self.key, *status, *(columns or self.schema.names)]))
-        table = _one_a_key(self.history(columns=wanted, only=only), self.key)
+        history = self.history(columns=wanted, only=only)
+        table = _one_a_key(history, self.key, latest_wins=self._latest_wins)
         return table.select(columns or self.schema.names)
 
     def history(self, *, columns: list[str], only: pc.Expression | None = None) -> pa.Table:
@@ -245,6 +270,58 @@ class Artifact(StageDirectory):
         parts = [self._read_part(commit, columns, only) for commit in self.commits()]
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.concat_tables(parts) if parts else schema.empty_table()
+
+    def row_groups(self, *, columns: list[str]) -> Iterator[tuple[str, int, pa.Table]]:
+        """Every committed row as it lies, oldest part first, a bounded number at a time.
+
+        Yields:
+            Part, number of the row group in it, and its rows; replaced rows too.
+
+        Raises:
+            StorageError: As `read`.
+        """
+        for commit in self.commits():
+            with self._opened(commit.part) as file:
+                if file.metadata.num_rows != commit.rows:
+                    raise StorageError(
+                        f"{self.uri} part {commit.part}: {file.metadata.num_rows} rows, its commit "
+                        f"says {commit.rows}"
+                    )
+                for number in range(file.num_row_groups):
+                    yield commit.part, number, file.read_row_group(number, columns=columns)
+
+    def row_group(self, part: str, number: int, *, columns: list[str]) -> pa.Table:
+        """The rows of one row group of a committed part.
+
+        Raises:
+            StorageError: As `read`.
+        """
+        with self._opened(part) as file:
+            return file.read_row_group(number, columns=columns)
+
+    @contextmanager
+    def _opened(self, part: str) -> Iterator[pq.ParquetFile]:
+        path = f"{self._root}/data/{part}.parquet"
+        try:
+            with pq.ParquetFile(path, filesystem=self._fs, page_checksum_verification=True) as file:
+                yield file
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(f"{path} is committed but cannot be read: {error}") from error
+
+    def parts(self) -> Iterator[pa.Table]:
+        """The rows of `read`, one committed part after the other, for more than memory holds.
+
+        For artifacts of which the first row of a key counts: without `status` or `latest_wins`.
+
+        Raises:
+            StorageError: As in `read`.
+        """
+        seen: set[str] = set()
+        for commit in self.commits():
+            table = self._read_part(commit, self.schema.names, None)
+            keys = self._keys(table)
+            yield table.filter(pa.array([key not in seen for key in keys], pa.bool_()))
+            seen.update(keys)
 
     def keys(self, *, retry: Collection[str] = ()) -> set[str]:
         """Keys that need no computation: committed, and not of a status to be retried."""
@@ -325,6 +402,27 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "blake2b").hexdigest()[:16]
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """A second name for every file below `source`; whole or not there.
+
+    Parts are immutable and records are replaced, never changed, so two runs can share the bytes.
+
+    Raises:
+        StorageError: A file cannot be linked (another file system) or the folder not written.
+    """
+    scratch = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        shutil.copytree(source, scratch, copy_function=os.link, ignore=_unfinished)
+        scratch.rename(target)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise StorageError(f"cannot take over {source} as {target}: {error}") from error
+
+
+def _unfinished(_: str, names: list[str]) -> set[str]:
+    return {name for name in names if name.startswith(".")}
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a log that processes append to; a line that a kill cut short is left out."""
     if not path.is_file():
@@ -365,11 +463,11 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _one_a_key(table: pa.Table, key: tuple[str, ...]) -> pa.Table:
+def _one_a_key(table: pa.Table, key: tuple[str, ...], *, latest_wins: bool) -> pa.Table:
     """The first ok row of each key, else the newest; rows without a status count as ok."""
     position = pa.array(range(table.num_rows), pa.int64())
-    good = position
-    if "status" in table.column_names:
+    good = pa.nulls(table.num_rows, pa.int64()) if latest_wins else position
+    if not latest_wins and "status" in table.column_names:
         good = pc.if_else(pc.equal(table.column("status"), "ok"), position, None)
     numbered = table.append_column("__row", position).append_column("__good", good)
     found = numbered.group_by(list(key)).aggregate([("__row", "max"), ("__good", "min")])

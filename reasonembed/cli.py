@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -46,9 +46,23 @@ def run(
     fresh: Annotated[
         bool, typer.Option(help="Discard what the first stage and those after it have made.")
     ] = False,
+    grow: Annotated[
+        bool,
+        typer.Option(help="Documents were added: keep all rows, compute what is missing, train."),
+    ] = False,
+    mine_with: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="A second round: take over this run's rows and mine with its trained model.",
+        ),
+    ] = None,
 ) -> None:
     """Runs the pipeline here, or on the cluster that RAY_ADDRESS names; goes on where it was."""
     settings = load(config, overrides=overrides)  # before Ray is imported: mistakes show at once
+    first_round = Run.existing(mine_with) if mine_with else None
+    if first_round:
+        settings = first_round.next_round(settings)
     from ray_jobs.job import session
     from ray_jobs.pipeline import run_stages, selected
 
@@ -58,9 +72,40 @@ def run(
     def prepare(target: Run) -> None:
         if fresh:
             target.discard_from(stages[0])
+        if first_round:
+            target.adopt(first_round)
 
-    with session(settings, retry=again, prepare=prepare) as job:
+    with session(settings, retry=again, prepare=prepare, is_growing=grow) as job:
         run_stages(job, stages)
+
+
+@app.command()
+def distill(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="With a section distill:.")],
+    overrides: Overrides = None,
+    retry: Annotated[
+        str, typer.Option(help="Ask again where the teacher failed: error,truncated,invalid")
+    ] = "",
+    fresh: Annotated[
+        bool, typer.Option(help="Discard the student; the teacher's answers are kept.")
+    ] = False,
+    grow: Annotated[
+        bool, typer.Option(help="Documents were added: ask about new pairs, teach anew.")
+    ] = False,
+) -> None:
+    """Teaches a small annotator from a run that is mined; writes RUN/annotator/model."""
+    settings = load(config, overrides=overrides)
+    Run(settings).distill_config()  # as above
+    again = statuses_from(retry)
+    from ray_jobs.distill import run as runner
+    from ray_jobs.job import perform, session
+
+    def prepare(target: Run) -> None:
+        if fresh:
+            target.directory("annotator").discard()
+
+    with session(settings, retry=again, prepare=prepare, is_growing=grow) as job:
+        perform(job, "distill", runner)
 
 
 @app.command()
@@ -117,13 +162,60 @@ def report(run_dir: RunDir) -> None:
 @app.command()
 def trace(
     run_dir: RunDir,
-    query_id: Annotated[str, typer.Argument(metavar="QUERY_ID", help="Such as q-0f3a….")],
+    query_id: Annotated[
+        str | None, typer.Argument(metavar="QUERY_ID", help="Such as q-0f3a….")
+    ] = None,
+    from_doc: Annotated[
+        str | None,
+        typer.Option(metavar="DOC_ID", help="The other way round: what a document went into."),
+    ] = None,
 ) -> None:
-    """Shows the descent of one query: seed, query, candidates with labels, rewrite, sample."""
-    from reasonembed.trace import trace_query
+    """Shows the descent of one query, from seed to sample, or what became of one document."""
+    from reasonembed.trace import trace_document, trace_query
 
-    for line in trace_query(Run.existing(run_dir), query_id):
+    target = Run.existing(run_dir)
+    if query_id is not None and from_doc is None:
+        lines = trace_query(target, query_id)
+    elif from_doc is not None and query_id is None:
+        lines = trace_document(target, from_doc)
+    else:
+        raise ConfigError("trace needs one of the two: a QUERY_ID, or --from-doc DOC_ID")
+    for line in lines:
         _out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def samples(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option(help="A file; for the form reasonembed a folder.")],
+    form: Annotated[
+        Literal["parquet", "reasonembed", "flagembedding", "sentence-transformers"],
+        typer.Option(help="For which program."),
+    ] = "parquet",
+    split: Annotated[
+        Literal["train", "held_out", "all"], typer.Option(help="Which samples.")
+    ] = "train",
+) -> None:
+    """Writes a run's training samples in another program's form."""
+    from reasonembed.embedder.tokenisation import apply_template
+    from reasonembed.remixer.formats import export_samples, finished_samples
+
+    settings = Run.existing(run_dir).config.train
+    template = settings.encoder.query_template
+    written = export_samples(
+        finished_samples(run_dir),
+        out,
+        form=form,
+        split=split,
+        anchor=lambda instruction, query: apply_template(
+            template, query=query, instruction=instruction
+        ),
+        max_negatives=settings.group_size - 1,
+    )
+    counts = f"{written.samples:,} samples, {written.rows:,} rows: {out}"
+    _out.print(counts, markup=False, soft_wrap=True)
+    if written.note:
+        _out.print(written.note, markup=False, soft_wrap=True)
 
 
 @app.command()

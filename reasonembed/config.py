@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from reasonembed import tasks
 from reasonembed.errors import ConfigError
 from reasonembed.schemas import stable_hash
+from reasonembed.tasks import TASKS, Relation, Task
 
 Share = Annotated[float, Field(ge=0, le=1)]
+_GENERIC = TASKS["generic"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -80,11 +81,11 @@ class TaskConfig(Strict):
     """A retrieval task of the user's own; see `tasks.Task` for what each text is used for."""
 
     display_name: str
-    relation: tasks.Relation = "helps"
+    relation: Relation = "helps"
     query_kind: str = "a question"
     document_kind: str = "a document"
-    instruction: str = tasks.get("generic").instruction
-    relevance: str = tasks.get("generic").relevance
+    instruction: str = _GENERIC.instruction
+    relevance: str = _GENERIC.relevance
 
 
 class CorpusConfig(Strict):
@@ -122,6 +123,11 @@ class PlanConfig(Strict):
     max_seeds_per_task: Positive = 10_000
     min_chars: Annotated[int, Field(ge=0)] = 200
     max_chars: Positive = 5_000
+    max_gold_similarity: Share = Field(
+        0.8,
+        description="a document whose word 5-grams are more like those of a gold document of the "
+        "evaluation (Jaccard) is no seed; 1 for exact duplicates only",
+    )
     variants: Positive = 1
     lengths: tuple[LengthBucket, ...] = PAPER_LENGTHS
     education_levels: dict[str, Annotated[float, Field(gt=0)]] = Field(
@@ -462,9 +468,9 @@ class EmbedPool(PoolConfig):
 class MinePool(PoolConfig):
     """Actors that search shards of the corpus."""
 
+    batch_rows: Positive = Field(1, description="pairs of a shard and a block of queries")
     shard_documents: Positive = Field(200_000, description="vectors that an actor holds at once")
     query_block: Positive = Field(8_192, description="queries that are searched and merged at once")
-    threads: Positive | None = None
 
 
 class EngineRuntime(Strict):
@@ -479,8 +485,22 @@ class EngineRuntime(Strict):
     base_url: str | None = Field(None, description="of an OpenAI-compatible server")
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: Positive = 32
-    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="of one HTTP request")
+    dead_after_s: Annotated[float, Field(gt=0)] = Field(
+        300.0,
+        description="a server that has answered nothing for so long while it was asked ends the "
+        "stage; the stage goes on when it is run again",
+    )
     log_path: str | None = Field(None, description="scripted engine: where it notes each request")
+
+    @model_validator(mode="after")
+    def _patience(self) -> EngineRuntime:
+        if self.dead_after_s < self.timeout_s:
+            raise ValueError(
+                f"dead_after_s {self.dead_after_s:g} < timeout_s {self.timeout_s:g}: a slow answer "
+                "would pass for a dead server"
+            )
+        return self
 
 
 class TrainRuntime(Strict):
@@ -560,7 +580,7 @@ class RunConfig(Strict):
     def _across_stages(self) -> RunConfig:
         if "://" in self.run_dir:
             raise ValueError(f"run_dir {self.run_dir!r} must be a folder, not an address")
-        if twice := sorted(self.tasks.keys() & tasks.TASKS.keys()):
+        if twice := sorted(self.tasks.keys() & TASKS.keys()):
             raise ValueError(f"tasks: {twice[0]!r} is a built-in task; choose another name")
         if self.corpus.task not in self.task_table:
             raise ValueError(
@@ -580,13 +600,20 @@ class RunConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tasks_that_exist(self) -> RunConfig:
+        if unknown := sorted(self.train.task_batches.keys() - self.task_table.keys()):
+            raise ValueError(
+                f"train.task_batches: {unknown[0]!r} is no task; there are: "
+                f"{', '.join(self.task_table)}"
+            )
+        return self
+
     @property
-    def task_table(self) -> dict[str, tasks.Task]:
+    def task_table(self) -> dict[str, Task]:
         """Every task by name: the built-in ones and this configuration's."""
-        own = {
-            name: tasks.Task(name=name, **task.model_dump()) for name, task in self.tasks.items()
-        }
-        return {**tasks.TASKS, **own}
+        own = {name: Task(name=name, **task.model_dump()) for name, task in self.tasks.items()}
+        return {**TASKS, **own}
 
 
 def load(path: str | Path, *, overrides: list[str] | None = None) -> RunConfig:

@@ -135,6 +135,28 @@ def read_corpus(source: str, *, task: str = "generic", limit: int | None = None)
     return _to_table(kept)
 
 
+def check_only_added(before: pa.Table, now: pa.Table) -> None:
+    """Checks that a corpus has grown and not changed.
+
+    Args:
+        before: `doc_id` and `text_hash` of the documents that a run was made from.
+        now: The same columns, perhaps among others.
+
+    Raises:
+        CorpusError: A document's text is another one, or the document is gone.
+    """
+    texts = dict(zip(now["doc_id"].to_pylist(), now["text_hash"].to_pylist(), strict=True))
+    old = zip(before["doc_id"].to_pylist(), before["text_hash"].to_pylist(), strict=True)
+    changed = [doc_id for doc_id, text in old if texts.get(doc_id) != text]
+    if changed:
+        shown = ", ".join(repr(doc_id) for doc_id in changed[:3])
+        raise CorpusError(
+            f"{len(changed)} documents that this run was made from are gone or have another text: "
+            f"{shown}; a run can grow by new documents only. Give changed texts new ids, or start "
+            "another run_dir"
+        )
+
+
 def passage_text(title: str, text: str) -> str:
     """Join a title and a text into what is embedded and read: title, newline, text.
 

@@ -25,13 +25,17 @@ from reasonembed.artifacts import (
     append_json_line,
     differences,
     json_lines,
+    link_tree,
 )
 from reasonembed.config import (
     DenseRetriever,
+    DistillConfig,
     EncoderConfig,
+    EndpointRetriever,
     LLMConfig,
     RunConfig,
     RunRetriever,
+    SampleSource,
     fingerprint,
     flatten,
     parse,
@@ -71,8 +75,15 @@ _KINDS = {
     "rewrite": "rewrites",
     "assemble": "samples",
 }
+_ROW_BY_ROW = {
+    "corpus", "filter", "plan", "generate", "mine", "annotate", "audit", "trajectories", "rewrite"
+}  # fmt: skip
+_ADOPTED = {
+    kind: kind for kind in ("corpus", "domains", "seeds", "queries", "judgments", "rewrites")
+} | {"candidates": "candidates-before"}  # to tell how much a second round's differ
 _MAKES_SAMPLES = STAGES[STAGES.index("filter") : STAGES.index("assemble")]
-_NOT_RESULT = ("max_failed_share", "audit_queries")  # gates and extras: they change no row
+# Gates and extras that change no row, and a limit that the plan reads.
+_NOT_RESULT = ("max_failed_share", "audit_queries", "min_probability")
 
 
 @dataclass(frozen=True)
@@ -85,10 +96,16 @@ class Encoders:
 
 
 class Run:
-    """A run directory and the configuration that made, or will make, it."""
+    """A run directory and the configuration that made, or will make, it.
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    Args:
+        config: Decides everything.
+        is_growing: Inputs may be other than those that a stage was made from: stages of rows keep
+            their rows and add what is missing, the others are made anew.
+    """
+
+    def __init__(self, config: RunConfig, *, is_growing: bool = False) -> None:
+        self.config, self.is_growing = config, is_growing
         # Absolute, because workers do not share the driver's working directory.
         self.dir = Path(config.run_dir).absolute()
 
@@ -124,9 +141,9 @@ class Run:
     def artifact(self, kind: str) -> Artifact:
         """A declared artifact of this run: `corpus`, `seeds`, `queries`, ... or `audit`."""
         declared = ARTIFACTS["judgments" if kind == "audit" else kind]
-        return Artifact(self.dir / kind, schema=declared.schema, key=declared.key, name=kind)
+        return Artifact(self.dir / kind, name=kind, **vars(declared))
 
-    def vectors(self, encoder: EncoderConfig, *, dimension: int) -> Artifact:
+    def vectors(self, encoder: EncoderConfig | EndpointRetriever, *, dimension: int) -> Artifact:
         """Everything that one encoder has embedded, keyed by `schemas.text_id`.
 
         The place is named by what decides a vector (weights, contract) and the key by what was
@@ -164,6 +181,21 @@ class Run:
     def model_dir(self) -> Path:
         """Where the exported model lies."""
         return self.dir / "export" / "model"
+
+    def distill_config(self) -> DistillConfig:
+        """How an annotator is distilled.
+
+        Raises:
+            ConfigError: The configuration does not say.
+        """
+        if self.config.distill is None:
+            raise ConfigError("distilling needs a section distill: in the configuration")
+        return self.config.distill
+
+    @property
+    def annotator_dir(self) -> Path:
+        """Where the distilled annotator's model lies; what was made on the way, beside it."""
+        return self.dir / "annotator" / "model"
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -211,10 +243,52 @@ class Run:
 
     def begin(self, stage: str, output: StageDirectory) -> None:
         """Claims a stage's output for the present configuration; see `StageDirectory.begin`."""
-        output.begin(self.identity(stage), version=__version__)
+        identity = self.identity(stage)
+        if not self.is_growing:
+            output.begin(identity, version=__version__)
+        elif stage in _ROW_BY_ROW:
+            output.begin(identity, version=__version__, may_change=_comes_from_outside)
+        else:
+            stored = output.stage()
+            if stored is not None and stored.identity != identity:
+                output.discard()
+            output.begin(identity, version=__version__)
 
-    def encoder_identity(self, encoder: EncoderConfig) -> dict[str, Any]:
+    def adopt(self, other: Run) -> None:
+        """Takes over another run's rows, from the corpus to the judgments, without copying bytes.
+
+        For a second round over the same queries, mined by another model: pairs that were judged
+        are not judged again. What this run has already is left alone; whether the rows may be
+        used is checked by each stage when it begins.
+
+        Raises:
+            StorageError: A file cannot be linked or written.
+        """
+        for kind, name in _ADOPTED.items():
+            source, target = other.dir / kind, self.dir / name
+            if source.is_dir() and not target.exists():
+                link_tree(source, target)
+
+    def next_round(self, config: RunConfig) -> RunConfig:
+        """`config` with this run's trained model as the miner.
+
+        Raises:
+            ConfigError: This run has exported no model, or `config` would write into it.
+        """
+        if self.directory("export").finished() is None:
+            raise ConfigError(f"{self.dir} has no exported model to mine with; finish it first")
+        if Path(config.run_dir).absolute() == self.dir:
+            raise ConfigError(
+                f"run_dir {config.run_dir} is the first round's own; give the second one its own "
+                "with --set run_dir=…"
+            )
+        mine = config.mine.model_copy(update={"encoder": self.encoders.trained})
+        return config.model_copy(update={"mine": mine})
+
+    def encoder_identity(self, encoder: EncoderConfig | EndpointRetriever) -> dict[str, Any]:
         """What decides the vectors of an encoder."""
+        if isinstance(encoder, EndpointRetriever):  # behind an address nobody sees the weights
+            return flatten(encoder, prefix="endpoint")
         weights = weights_fingerprint(resolve(encoder.model, cache_dir=self._cache))
         settings = flatten(encoder.model_copy(update={"model": Path(encoder.model).name}))
         return {f"encoder.{key}": value for key, value in settings.items()} | {"weights": weights}
@@ -297,8 +371,15 @@ class Run:
         return json_lines(self.dir / "timeline.jsonl")
 
 
+def _comes_from_outside(field: str) -> bool:
+    """Whether a field of an identity changes when documents are added and nothing else does."""
+    return field in ("source.content", "held_out") or field.startswith("input.")
+
+
 def _corpus(run: Run) -> dict[str, Any]:
-    return run._settings("corpus") | {"source.content": _source_digest(run.config.corpus.source)}
+    settings = run._settings("corpus")
+    del settings["corpus.source"]  # what lies there counts, not where
+    return settings | {"source.content": _source_digest(run.config.corpus.source)}
 
 
 def _source_digest(source: str) -> str:
@@ -330,8 +411,11 @@ def _filter(run: Run) -> dict[str, Any]:
 
 def _plan(run: Run) -> dict[str, Any]:
     held_out = stable_hash(*sorted(run.collection.named_documents()))
-    inputs = run._inputs("corpus", *(["domains"] if run.config.filter else []))
-    return run._settings("plan") | {"held_out": held_out} | inputs
+    identity = run._settings("plan") | {"held_out": held_out} | run._inputs("corpus")
+    if run.config.filter is None:
+        return identity
+    limit = {"filter.min_probability": run.config.filter.min_probability}
+    return identity | limit | run._inputs("domains")
 
 
 def _generate(run: Run) -> dict[str, Any]:
@@ -372,6 +456,28 @@ def _audit(run: Run) -> dict[str, Any]:
     return run._settings("annotate") | llm | miner | inputs | run._inputs("corpus")
 
 
+def _trajectories(run: Run) -> dict[str, Any]:
+    # What is done with the answers is no matter here: the student's settings change no row.
+    decides = ("llm", "sampling", "max_document_words", "tries", "seed")
+    settings = {
+        key: value
+        for key, value in run._settings("distill").items()
+        if key.split(".")[1] in decides
+    }
+    return (
+        settings | run._llm("annotate", run.distill_config().llm) | run._inputs("corpus", "queries")
+    )
+
+
+def _annotator(run: Run) -> dict[str, Any]:
+    student = weights_fingerprint(resolve(run.distill_config().student, cache_dir=run._cache))
+    settings = run._settings("distill")
+    del settings["distill.student"]  # its weights stand for it, wherever they lie
+    answers = run.artifact("trajectories").content(columns=["answer", "relevance_label"])
+    inputs = run._inputs("trajectories") | run._inputs("candidates", content=True)
+    return settings | inputs | {"student": student, "input.trajectories.content": answers}
+
+
 def _rewrite(run: Run) -> dict[str, Any]:
     config = run.config.rewrite
     return run._settings("rewrite") | run._llm("rewrite", config.llm) | run._inputs("queries")
@@ -379,10 +485,20 @@ def _rewrite(run: Run) -> dict[str, Any]:
 
 def _assemble(run: Run) -> dict[str, Any]:
     if sources := run.config.assemble.sources:
-        digests = {f"source.{source.path}": file_digest(source.path) for source in sources}
-        return run._settings("assemble") | digests
+        digests = {f"source.{source.path}": _samples_digest(source) for source in sources}
+        own = {f"instruction.{name}": one.instruction for name, one in run.config.tasks.items()}
+        return run._settings("assemble") | digests | own
     inputs = run._inputs("queries", "candidates", "judgments", "rewrites", content=True)
     return run._settings("assemble") | inputs
+
+
+def _samples_digest(source: SampleSource) -> str:
+    if source.form != "run":
+        return file_digest(source.path)
+    samples = Artifact.declared(Path(source.path) / "samples", "samples")
+    if (stage := samples.stage()) is None:
+        return "(missing)"  # the reader says so with the cure
+    return stable_hash(stage.fingerprint, samples.finished())
 
 
 def _train(run: Run) -> dict[str, Any]:
@@ -407,6 +523,8 @@ _IDENTITIES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "mine": _mine,
     "annotate": _annotate,
     "audit": _audit,
+    "trajectories": _trajectories,
+    "annotator": _annotator,
     "rewrite": _rewrite,
     "assemble": _assemble,
     "train": _train,

@@ -37,8 +37,9 @@ _LLM_FIELDS = [
     pa.field("detail", pa.string()),  # why the status is not ok
     pa.field("finish_reason", pa.string()),  # as the engine gave it: stop, length, ...
     _required("prompt_tokens", pa.int32()),
+    _required("cached_tokens", pa.int32()),  # of these, found in the prefix cache; 0 where unknown
     _required("completion_tokens", pa.int32()),
-    _required("tries", pa.int8()),  # answers asked for; tokens are those of all of them
+    _required("tries", pa.int16()),  # answers asked for; tokens are those of all of them
     _required("seed", pa.int64()),
     _required("model", pa.string()),
 ]
@@ -113,7 +114,7 @@ JUDGMENTS = pa.schema(
         pa.field(
             "expected_label", pa.float32()
         ),  # mean of 1..5 under the score token, if asked for
-        pa.field("confidence", pa.float32()),  # probability of the label under the score token
+        pa.field("confidence", pa.float32()),  # probability of the label; of written votes, share
         pa.field("analysis", pa.string()),  # the trajectory that gave the label, as written
         _required("votes", pa.list_(pa.int8())),  # labels of all analyses that held one
         pa.field("quick_label", pa.float32()),  # expected label of the cascade's first pass
@@ -187,10 +188,18 @@ def embeddings(dimension: int, *, dtype: str = "float32") -> pa.Schema:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one hand-off is: its columns and the columns that identify a row."""
+    """What one hand-off is.
+
+    Attributes:
+        schema: Its columns.
+        key: The columns that identify a row.
+        latest_wins: Whether a later row of a key takes the place of an earlier one that is good;
+            for what is cheap to make again and follows a growing corpus.
+    """
 
     schema: pa.Schema
     key: tuple[str, ...]
+    latest_wins: bool = False
 
 
 ARTIFACTS: dict[str, Artifact] = {
@@ -199,7 +208,7 @@ ARTIFACTS: dict[str, Artifact] = {
     "domains": Artifact(DOMAINS, ("doc_id",)),
     "queries": Artifact(QUERIES, ("query_id",)),
     "hits": Artifact(HITS, ("shard", "query_block")),
-    "candidates": Artifact(CANDIDATES, ("query_id",)),
+    "candidates": Artifact(CANDIDATES, ("query_id",), latest_wins=True),
     "judgments": Artifact(JUDGMENTS, ("query_id", "doc_id")),
     "trajectories": Artifact(TRAJECTORIES, ("query_id", "doc_id", "sample")),
     "rewrites": Artifact(REWRITES, ("query_id",)),

@@ -7,6 +7,7 @@ in our own words, so figures for R2MED are not under the authors' prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -17,6 +18,25 @@ Relation = Literal["concept", "algorithm", "syntax", "skill", "theorem", "helps"
 """What ties a relevant document to a query: a concept or theory to reason from, a shared algorithm
 or data structure, the language constructs that an answer needs, a shared problem-solving skill, a
 shared theorem, or plain help with the answer."""
+
+RELATIONS: Mapping[Relation, str] = MappingProxyType(
+    {
+        "concept": "the text explains a concept, theory or fact, and the person's situation is one "
+        "that an expert would explain by reasoning from it.",
+        "algorithm": "the text solves a problem with some algorithm or data structure, and the "
+        "request is another problem, with a story of its own, whose solution rests on the same "
+        "one.",
+        "syntax": "the text describes syntax or behaviour of a programming language, and the "
+        "request asks for a program that cannot be written without it.",
+        "skill": "the text solves a problem by some way of thinking, and the request is another "
+        "problem, about other things, that gives way to the same one.",
+        "theorem": "the text states a theorem or definition or solves a problem by one, and the "
+        "request is another problem, about other things, whose solution applies the same one.",
+        "helps": "what the text says helps to answer the request, directly or as a step of the "
+        "reasoning.",
+    }
+)
+"""What a relation means for who writes a query (a request) to a document (a text)."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from reasonembed.artifacts import (
     append_json_line,
     differences,
     json_lines,
+    link_tree,
     locked,
 )
 from reasonembed.config import fingerprint
@@ -46,6 +47,8 @@ def rows(statuses, *, text="r"):
                 "finish_reason": None,
                 "prompt_tokens": 1,
                 "completion_tokens": 1,
+                "cached_tokens": 0,
+                "tries": 1,
                 "seed": 0,
                 "model": "m",
             }
@@ -153,6 +156,15 @@ class TestCommits:
         found = artifact.read(only=wanted)
         assert found.column("query_id").to_pylist() == expected
         assert found.schema.equals(artifact.schema)
+
+    def test_the_latest_row_counts_where_the_artifact_says_so(self, tmp_path):
+        schema = pa.schema([pa.field("id", pa.string(), nullable=False), ("value", pa.int8())])
+        for latest_wins, expected in ((False, 1), (True, 2)):
+            folder = tmp_path / str(latest_wins)
+            two = Artifact(folder, schema=schema, key=("id",), name="x", latest_wins=latest_wins)
+            for value in (1, 2):
+                two.commit(f"p{value}", pa.table({"id": ["a"], "value": [value]}))
+            assert two.read().to_pylist() == [{"id": "a", "value": expected}]
 
     def test_history_holds_replaced_rows_too(self, artifact):
         artifact.commit("p1", ok("q1", "q2"))
@@ -337,6 +349,16 @@ class TestIdentity:
             with pytest.raises(DriftError):
                 output.begin(IDENTITY)
 
+    def test_what_may_change_is_noted_and_the_rows_stay(self, artifact):
+        artifact.begin({"input.a": 1, "b": 2})
+        artifact.commit("p1", ok("q1"))
+        artifact.begin({"input.a": 9, "b": 2}, may_change=lambda field: field == "input.a")
+        assert artifact.stage().identity == {"input.a": 9, "b": 2}
+        assert artifact.keys() == {"q1"}
+        with pytest.raises(DriftError, match="b: made with 2, now 3"):
+            artifact.begin({"input.a": 10, "b": 3}, may_change=lambda field: field == "input.a")
+        assert artifact.stage().identity == {"input.a": 9, "b": 2}
+
     def test_differences_of_equal_identities(self):
         assert differences(IDENTITY, dict(IDENTITY)) == []
 
@@ -469,6 +491,27 @@ class TestStorage:
         again.discard()
         assert again.stage() is None
         assert again.read() == ok()
+
+
+class TestLinkTree:
+    def test_a_copy_shares_the_bytes_and_not_the_future(self, artifact, tmp_path):
+        artifact.begin({"a": 1})
+        artifact.commit("p1", ok("q1"))
+        (artifact_path(artifact) / "data" / ".tmp-p2").write_text("half")
+        link_tree(artifact_path(artifact), tmp_path / "copy")
+        copy = Artifact.declared(tmp_path / "copy", "rewrites")
+        assert copy.read().equals(artifact.read())
+        assert not (tmp_path / "copy" / "data" / ".tmp-p2").exists()
+        copy.commit("p2", ok("q2"))
+        copy.begin({"a": 2}, may_change=lambda field: True)
+        assert artifact.keys() == {"q1"}
+        assert artifact.stage().identity == {"a": 1}
+
+    def test_a_folder_that_cannot_be_written(self, artifact, tmp_path):
+        artifact.commit("p1", ok("q1"))
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StorageError, match="cannot take over"):
+            link_tree(artifact_path(artifact), tmp_path / "file" / "copy")
 
 
 class TestJsonLines:

@@ -72,7 +72,7 @@ def test_defaults_fill_in(file):
         ("train.learning_rate=.nan", ["train.learning_rate: "]),
         ("plan.education_levels={phd: 0}", ["plan.education_levels.phd: ", "(given: 0)"]),
         ("plan.lengths=[{min_words: 1, max_words: 0}]", ["plan.lengths.0.max_words: "]),
-        ("corpus.task=biologie", ["corpus.task: ", "unknown task 'biologie'", "biology, "]),
+        ("corpus.task=biologie", ["corpus.task 'biologie' is unknown", "biology, "]),
         ("corpus.source=", ["corpus.source: Input should be a valid string"]),
         ("runtime.serve.port=70000", ["runtime.serve.port: ", "(given: 70000)"]),
         # Rules across fields name both values.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reasonembed.corpus import (
     CorpusStore,
     Document,
+    check_only_added,
     cut_passages,
     passage_text,
     read_corpus,
@@ -284,3 +285,13 @@ def test_a_document_cannot_be_changed():
     document = Document("a", "x", "", "t", None)
     with pytest.raises(AttributeError):
         document.text = "y"
+
+
+def test_a_corpus_may_grow_and_nothing_else():
+    def table(**texts):
+        return pa.table({"doc_id": list(texts), "text_hash": list(texts.values())})
+
+    check_only_added(table(), table(a="1"))
+    check_only_added(table(a="1"), table(b="2", a="1"))
+    with pytest.raises(CorpusError, match=r"2 documents .* another text: 'a', 'b'"):
+        check_only_added(table(a="1", b="2", c="3"), table(a="9", c="3"))

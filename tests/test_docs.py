@@ -4,6 +4,7 @@ import re
 import typing
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from pydantic import BaseModel
@@ -31,21 +32,27 @@ def tables(page):
 
 
 def nested(annotation):
-    """The configuration class inside an annotation, and what its list adds to the path."""
+    """The configuration classes inside an annotation, and what each adds to the path."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, ""
-    if typing.get_origin(annotation) is tuple:
-        return nested(typing.get_args(annotation)[0])[0], "[]"
-    return None, ""
+        kind = annotation.model_fields.get("kind")  # one of several classes
+        return [(annotation, f": {{kind: {typing.get_args(kind.annotation)[0]}}}" if kind else "")]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is dict:
+        return [(model, f".<name>{suffix}") for model, suffix in nested(arguments[1])]
+    if origin is tuple:
+        return [(model, f"[]{suffix}") for model, suffix in nested(arguments[0])]
+    if origin is typing.Annotated:
+        return nested(arguments[0])
+    return [found for argument in arguments for found in nested(argument)]
 
 
 def sections(model=config.RunConfig, path=""):
     """Every section of a configuration: its path and its class."""
     yield path, model
+    above = path.partition(": ")[0]
     for name, field in model.model_fields.items():
-        inner, suffix = nested(field.annotation)
-        if inner:
-            yield from sections(inner, f"{path}.{name}{suffix}".lstrip("."))
+        for inner, suffix in nested(field.annotation):
+            yield from sections(inner, f"{above}.{name}{suffix}".lstrip("."))
 
 
 SECTIONS = dict(sections())
@@ -130,7 +137,7 @@ def merged(base, patch):
 
 def test_every_example_loads():
     quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text("utf-8"))
-    assert len(yaml_blocks()) == 3
+    assert len(yaml_blocks()) == 4
     for block in yaml_blocks():
         example = yaml.safe_load(block)
         whole = example if "run_dir" in example else merged(quickstart, example)
@@ -173,9 +180,9 @@ def test_every_column_of_every_artifact_and_no_other_is_documented():
 
 
 def _type_name(kind):
-    if str(kind).startswith("list<") and "struct" in str(kind):
-        return "list of struct"
-    return re.sub(r"list<\w+: (\w+)>", r"list of \1", str(kind)).replace("float", "float32")
+    if pa.types.is_list(kind):
+        return f"list of {_type_name(kind.value_type)}"
+    return "struct" if pa.types.is_struct(kind) else str(kind).replace("float", "float32")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

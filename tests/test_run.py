@@ -10,7 +10,14 @@ from pydantic import BaseModel
 
 import reasonembed.run as run_module
 from reasonembed.artifacts import StageDirectory
-from reasonembed.config import LengthBucket, RunConfig, RuntimeConfig, flatten, parse
+from reasonembed.config import (
+    LengthBucket,
+    RunConfig,
+    RuntimeConfig,
+    SampleSource,
+    flatten,
+    parse,
+)
 from reasonembed.errors import ConfigError, DriftError
 from reasonembed.remixer.answers import prompt_template
 from reasonembed.run import STAGES, Run
@@ -25,6 +32,7 @@ def config(run_dir="runs/test", *, engine="scripted", models="models"):
         {
             "run_dir": str(run_dir),
             "corpus": {"source": "python-stdlib", "task": "python-stdlib"},
+            "filter": {"llm": llm},
             "generate": {"llm": llm},
             "mine": {"encoder": {"model": f"{models}/miner"}},
             "annotate": {"llm": llm, "audit_queries": 3},
@@ -92,16 +100,17 @@ RUNTIME = [path for path, _, _ in leaves(RuntimeConfig())]
 RESULT = {
     path: another(annotation, value)
     for path, annotation, value in leaves(CONFIG)
-    if path[0] not in ("runtime", "run_dir")
+    if path[0] not in ("runtime", "run_dir", "tasks", "report", "distill")
 } | {("corpus", "task"): "biology"}
 del RESULT[("evaluate", "collection")]  # needs a folder, and has its own test
+del RESULT[("assemble", "sources")]  # likewise
 GATES = {path: value for path, value in RESULT.items() if path[-1] == "max_failed_share"}
 
 
 def test_the_settings_are_found():
     assert ("engine", "max_num_seqs") in RUNTIME
     assert RESULT[("train", "lora", "rank")] == 33
-    assert len(GATES) == 3
+    assert len(GATES) == 4
 
 
 @pytest.mark.parametrize("engine", ["scripted", "vllm"])
@@ -127,7 +136,7 @@ def test_nor_do_several_at_once(paths):
 def test_the_place_of_a_run_and_of_weights_changes_no_identity(tmp_path):
     here = config(tmp_path / "here", engine="vllm", models="a/place")
     there = config(tmp_path / "there", engine="vllm", models="another/place")
-    llm_paths = {f"{stage}.llm.model" for stage in ("generate", "annotate", "rewrite")}
+    llm_paths = {f"{stage}.llm.model" for stage in ("filter", "generate", "annotate", "rewrite")}
     for stage in IDENTIFIED:
         one, two = Run(here).identity(stage), Run(there).identity(stage)
         assert {key for key in one if one[key] != two[key]} <= llm_paths
@@ -144,6 +153,8 @@ def test_every_setting_that_decides_a_result_changes_its_identity(path):
     stage = path[0]
     if path == ("annotate", "audit_queries"):
         assert differ == set()  # a longer audit adds rows, it changes none
+    elif path == ("filter", "min_probability"):
+        assert differ == {"plan"}  # the probabilities stay
     elif path[:2] == ("evaluate", "instruction"):
         assert {"export", "audit"} <= differ  # it travels with the model and chooses pairs
     else:
@@ -175,7 +186,7 @@ def test_a_gate_changes_no_identity(path):
 @pytest.mark.parametrize(
     ("changed", "stages"),
     [
-        ("llm", {"generate", "annotate", "audit", "rewrite"}),
+        ("llm", {"filter", "generate", "annotate", "audit", "rewrite"}),
         ("miner", {"mine", "audit"}),
         ("backbone", {"train"}),
     ],
@@ -194,7 +205,8 @@ def test_other_weights_under_the_same_name_are_another_identity(monkeypatch, cha
 
 def test_another_prompt_is_another_identity(monkeypatch):
     before = identities(CONFIG)
-    texts = {name: prompt_template(name).template for name in ("generate", "annotate", "rewrite")}
+    names = ("filter", "generate", "annotate", "rewrite")
+    texts = {name: prompt_template(name).template for name in names}
     texts["annotate"] += " "
     monkeypatch.setattr(run_module, "prompt_fingerprint", lambda name: texts[name])
     after = identities(CONFIG)
@@ -208,7 +220,7 @@ def test_another_prompt_is_another_identity(monkeypatch):
 
 def test_the_words_of_the_task_are_part_of_what_is_asked():
     other = replace_leaf(CONFIG, ("corpus", "task"), "biology")
-    for stage in ("generate", "annotate", "rewrite"):
+    for stage in ("filter", "generate", "annotate", "rewrite"):
         assert Run(other).identity(stage)["task"] != Run(CONFIG).identity(stage)["task"]
 
 
@@ -283,14 +295,15 @@ class TestDirectory:
         run = Run(config(tmp_path))
         for kind, stage in (("corpus", "corpus"), ("seeds", "plan"), ("queries", "generate")):
             run.begin(stage, run.artifact(kind))
-        vectors = run.vectors("miner", "documents", dimension=2)
+        vectors = run.vectors(run.config.mine.encoder, dimension=2)
         vectors.begin({})
         directory = run.directory("train")
         directory.begin({})
         run.discard_from("plan")
         assert run.artifact("corpus").stage() is not None
-        for output in (run.artifact("seeds"), run.artifact("queries"), vectors, directory):
+        for output in (run.artifact("seeds"), run.artifact("queries"), directory):
             assert output.stage() is None
+        assert vectors.stage() is not None, "vectors are never stale"
 
     def test_a_discard_that_is_killed_leaves_nothing_made_from_what_is_gone(
         self, tmp_path, monkeypatch
@@ -317,10 +330,95 @@ class TestDirectory:
 
     def test_every_stage_has_an_output(self, tmp_path):
         run = Run(config(tmp_path))
-        run.vectors("miner", "documents", dimension=2).begin({})
         places = [output.uri for stage in STAGES for output in run.outputs(stage)]
-        assert all(run.outputs(stage) for stage in STAGES)
-        assert len(places) == len(set(places)) == len(STAGES)
+        assert all(run.outputs(stage) for stage in IDENTIFIED)
+        assert len(places) == len(set(places)) == len(STAGES)  # embed has none, mine has two
+
+    def test_vectors_lie_where_what_decides_them_says(self, tmp_path, monkeypatch):
+        run = Run(config(tmp_path))
+        miner = run.config.mine.encoder
+        place = run.vectors(miner, dimension=2).uri
+        assert place.startswith(str(tmp_path))
+        assert (
+            run.vectors(miner.model_copy(update={"max_query_tokens": 7}), dimension=2).uri != place
+        )
+        monkeypatch.setattr(run_module, "weights_fingerprint", lambda path: "others")
+        assert run.vectors(miner, dimension=2).uri != place
+        shared = Run(replace_leaf(run.config, ("runtime", "vectors_dir"), str(tmp_path / "all")))
+        assert shared.vectors(miner, dimension=2).uri.startswith(str(tmp_path / "all"))
+
+
+class TestStages:
+    def test_a_configuration_leaves_out_what_it_does_not_ask_for(self):
+        assert Run(CONFIG).stages == STAGES
+        without = replace_leaf(CONFIG, ("filter",), None)
+        assert Run(without).stages == tuple(stage for stage in STAGES if stage != "filter")
+
+    def test_samples_from_elsewhere_need_no_stage_that_makes_them(self, tmp_path):
+        file = tmp_path / "biology-formatted.jsonl"
+        file.write_text("{}\n")
+        sources = (SampleSource(path=str(file), form="reasonembed"),)
+        run = Run(replace_leaf(CONFIG, ("assemble", "sources"), sources))
+        assert run.stages == ("corpus", "assemble", "train", "export", "evaluate")
+        before = run.identity("assemble")
+        file.write_text("{ }\n")
+        assert run.identity("assemble") != before
+
+
+class TestGrowth:
+    def begun(self, run):
+        for kind, stage in (("corpus", "corpus"), ("seeds", "plan"), ("samples", "assemble")):
+            run.begin(stage, run.artifact(kind))
+            run.artifact(kind).finish({})
+
+    def test_rows_stay_and_what_is_one_result_is_made_anew(self, tmp_path):
+        source = tmp_path / "corpus.jsonl"
+        source.write_text("1")
+        configuration = replace_leaf(config(tmp_path / "run"), ("corpus", "source"), str(source))
+        self.begun(Run(configuration))
+        source.write_text("12")
+        with pytest.raises(DriftError, match=r"source\.content"):
+            self.begun(Run(configuration))
+        growing = Run(configuration, is_growing=True)
+        self.begun(growing)
+        assert growing.stale() == {}
+        assert growing.artifact("seeds").finished() == {}
+
+    def test_another_setting_is_still_refused(self, tmp_path):
+        run = Run(config(tmp_path))
+        self.begun(run)
+        changed = Run(replace_leaf(run.config, ("plan", "variants"), 2), is_growing=True)
+        with pytest.raises(DriftError, match=r"plan\.variants: made with 1, now 2"):
+            self.begun(changed)
+
+    def test_a_second_round_mines_with_the_trained_model(self, tmp_path):
+        first = Run(config(tmp_path / "1"))
+        with pytest.raises(ConfigError, match="has no exported model"):
+            first.next_round(config(tmp_path / "2"))
+        first.directory("export").begin({})
+        first.directory("export").finish({})
+        second = first.next_round(config(tmp_path / "2"))
+        assert second.mine.encoder.model == str(first.model_dir)
+        assert second.mine.encoder.query_template == first.config.train.encoder.query_template
+        with pytest.raises(ConfigError, match="is the first round's own"):
+            first.next_round(first.config)
+
+    def test_rows_of_another_run_are_taken_over_and_checked(self, tmp_path):
+        first, second = Run(config(tmp_path / "1")), Run(config(tmp_path / "2"))
+        first.begin("corpus", first.artifact("corpus"))
+        first.begin("plan", first.artifact("seeds"))
+        first.artifact("seeds").finish({})
+        second.dir.mkdir()
+        first.begin("mine", first.artifact("candidates"))
+        second.adopt(first)
+        second.adopt(first)
+        assert second.artifact("candidates").stage() is None
+        assert (second.dir / "candidates-before" / "_stage.json").is_file()
+        assert second.artifact("seeds").stage() == first.artifact("seeds").stage()
+        second.begin("plan", second.artifact("seeds"))
+        changed = Run(replace_leaf(second.config, ("plan", "variants"), 2))
+        with pytest.raises(DriftError):
+            changed.begin("plan", changed.artifact("seeds"))
 
 
 class TestTimeline:
@@ -339,4 +437,5 @@ class TestTimeline:
 
 
 def test_flatten_covers_every_setting():
-    assert {key.split(".")[0] for key in flatten(CONFIG)} == set(RunConfig.model_fields)
+    empty = {"tasks"}  # a mapping without entries has no leaf
+    assert {key.split(".")[0] for key in flatten(CONFIG)} == set(RunConfig.model_fields) - empty

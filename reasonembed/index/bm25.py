@@ -15,7 +15,8 @@ class BM25Index:
     """Lucene's form of BM25 over stemmed English words.
 
     Words have two or more characters, are lower-cased, are no English stop word, and are stemmed
-    by Snowball's English stemmer.
+    by Snowball's English stemmer. One process holds the whole index, some tens of bytes for each
+    distinct word of each document, and the texts while it is made: it is for corpora of that size.
 
     Args:
         texts: The documents; their position is their identity.

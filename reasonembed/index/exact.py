@@ -13,6 +13,7 @@ exactly and no block size, shard or neighbour changes a result.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ NO_DOCUMENT = -1  # position that fills a row with fewer than k results; its sco
 # Where larger blocks stop being faster on two cores; 512 x 8192 scores are 16 MiB.
 QUERY_BLOCK = 512
 DOCUMENT_BLOCK = 8_192
+_BLOCKS_AT_ONCE = 2  # one is filtered, on one core, while another's product takes all of them
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _RESCORE_NUMBERS = 2**17  # gathered at a time as float64: 1 MiB, so that they stay in the cache
 
@@ -80,7 +82,8 @@ def search(
     if num_results == 0:
         return scores_QK, positions_QK
     margin_Q = _rounding_margin(queries_QD, documents_ND)
-    for start in range(0, len(queries_QD), query_block):
+
+    def one_block(start: int) -> None:
         block = slice(start, start + query_block)
         candidates = _filter(
             queries_QD[block],
@@ -92,6 +95,9 @@ def search(
         )
         exact = _rescore(queries_QD[block], documents_ND, candidates)
         _write_top(candidates, exact, scores_QK[block], positions_QK[block])
+
+    with ThreadPoolExecutor(_BLOCKS_AT_ONCE) as pool:
+        list(pool.map(one_block, range(0, len(queries_QD), query_block)))
     return scores_QK, positions_QK
 
 

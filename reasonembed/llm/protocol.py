@@ -46,6 +46,8 @@ class Completion:
         completion_tokens: Tokens written.
         choice_probabilities: Of `Request.choices`; sums to 1; empty if none were asked for.
         error: What failed, where `finish_reason` is `error`.
+        cached_tokens: Of the tokens read, those found in the prefix cache; 0 where the engine does
+            not say.
     """
 
     text: str
@@ -54,6 +56,7 @@ class Completion:
     completion_tokens: int = 0
     choice_probabilities: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    cached_tokens: int = 0
 
 
 class Engine(Protocol):

@@ -102,6 +102,7 @@ class _Renderer:
             prompt_tokens=len(prompt.token_ids),
             completion_tokens=len(answer.token_ids),
             choice_probabilities=probabilities,
+            cached_tokens=output.num_cached_tokens or 0,
         )
 
     def _choice_id(self, choice: str) -> int:

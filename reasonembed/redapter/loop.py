@@ -108,7 +108,7 @@ def train(
     """
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    plan = BatchPlan(samples, config)
+    plan = BatchPlan(samples, config, num_workers=world_size)
     state = _prepare(config, weights, use_gpu=runtime.use_gpu)
     identity = _identity(config, plan, state.contract)
     start = _resume(state, resume_from, identity=identity) if resume_from else 0
@@ -213,14 +213,10 @@ def _tokenise(groups: Sequence[Group], tokenizer: ContractTokenizer) -> LocalBat
 def _global_loss(
     config: TrainConfig, groups: Sequence[Group], *, step: int
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LossOutput]:
-    positives = [row * config.group_size for row in range(len(groups))]
-    mask_BM = None
-    if config.mask_false_negatives:
-        mask_BM = false_negative_mask(
-            [passage.text_hash for group in groups for passage in group.passages],
-            [{passage.text_hash for passage in group.sample.positives} for group in groups],
-            positives,
-        )
+    positives = _positive_columns(groups)
+    # Where no query was rewritten, intensities are 1 but for dropout's noise: no weights then.
+    has_rewrites = any(g.sample.rewritten_query != g.sample.query for g in groups)
+    mask_BM = positive_mask(groups) if config.mask_false_negatives else None
 
     def compute(
         query_BD: torch.Tensor, rewritten_BD: torch.Tensor, doc_MD: torch.Tensor
@@ -233,11 +229,32 @@ def _global_loss(
             temperature=config.temperature,
             cap=config.intensity_cap,
             epsilon=config.intensity_epsilon,
-            is_weighted=step >= config.intensity_start_step,
+            is_weighted=has_rewrites and step >= config.intensity_start_step,
             mask_BM=None if mask_BM is None else mask_BM.to(query_BD.device),
         )
 
     return compute
+
+
+def positive_mask(groups: Sequence[Group]) -> torch.Tensor:
+    """Passages of a batch that are known positives of a query, bool [B, M].
+
+    By text, so that neither another id nor other white space hides one; samples of the same query
+    know each other's positives. See `loss.false_negative_mask`.
+    """
+    known: dict[str, set[str]] = {}
+    for group in groups:
+        hashes = {passage.text_hash for passage in group.sample.positives}
+        known.setdefault(group.sample.query, set()).update(hashes)
+    return false_negative_mask(
+        [passage.text_hash for group in groups for passage in group.passages],
+        [known[group.sample.query] for group in groups],
+        _positive_columns(groups),
+    )
+
+
+def _positive_columns(groups: Sequence[Group]) -> list[int]:
+    return [row * len(group.passages) for row, group in enumerate(groups)]
 
 
 def step_metrics(output: LossOutput, *, cap: float) -> Metrics:

@@ -87,7 +87,7 @@ def contrastive_step(
         for number, chunk in enumerate(chunks):
             vectors = _encode_chunk(encode, texts, chunk, seed=row_seed(seed, number))
             vectors.backward(gradient_ND[chunk])  # type: ignore[no-untyped-call]
-    _sum_gradients(parameters)
+    sum_gradients(parameters)
     return output
 
 
@@ -145,7 +145,8 @@ def _gather(local_ND: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Adds up every worker's gradients, in place; a parameter without one counts as zero."""
     if not _is_distributed():
         return
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]

@@ -14,11 +14,12 @@ import pyarrow as pa
 from reasonembed.config import RewriteConfig
 from reasonembed.llm.protocol import Completion, Engine, Request
 from reasonembed.remixer.answers import (
+    Answer,
     Verdict,
+    ask,
     clean,
     cut_words,
     last_sentence_end,
-    llm_fields,
     prompt_template,
     verdict,
 )
@@ -37,12 +38,13 @@ class Rewriter:
     def __call__(self, queries: pa.Table) -> pa.Table:
         """Maps rows with `query_id`, `query`, `task` to rows of `schemas.REWRITES`."""
         rows = queries.to_pylist()
-        requests = [self._request(row) for row in rows]
-        answers = self._engine.complete(requests)
-        done = [
-            self._row(row, request, answer)
-            for row, request, answer in zip(rows, requests, answers, strict=True)
-        ]
+        answers = ask(
+            self._engine,
+            [self._request(row) for row in rows],
+            lambda _, completion: self._judge(completion),
+            tries=self._config.tries,
+        )
+        done = [self._row(row, answer) for row, answer in zip(rows, answers, strict=True)]
         return from_rows(done, REWRITES, where="rewrites")
 
     def _request(self, row: dict[str, Any]) -> Request:
@@ -60,17 +62,23 @@ class Rewriter:
             prefill=self._config.opening,
         )
 
-    def _row(self, row: dict[str, Any], request: Request, answer: Completion) -> dict[str, Any]:
-        reasoning = clean(self._config.opening + answer.text) if answer.text else ""
-        outcome = verdict(answer)
+    def _judge(self, completion: Completion) -> tuple[str, Verdict]:
+        reasoning = clean(self._config.opening + completion.text) if completion.text else ""
+        outcome = verdict(completion)
         if outcome.status == Status.TRUNCATED and last_sentence_end(reasoning):
             # Reasoning that stops at its budget is whole up to its last sentence.
             reasoning, outcome = last_sentence_end(reasoning), Verdict(Status.OK, outcome.detail)
         if outcome.status == Status.OK and not reasoning:
             outcome = Verdict(Status.INVALID, "the answer is empty")
-        text = f"{row['query']}\n{reasoning}" if self._config.keep_query else reasoning
+        return reasoning, outcome
+
+    def _row(self, row: dict[str, Any], answer: Answer) -> dict[str, Any]:
+        text = answer.text
+        if text is not None and self._config.keep_query:
+            # The query first: encoders cut the end, so what a limit takes away is reasoning.
+            text = f"{row['query']}\n{text}"
         return {
             "query_id": row["query_id"],
-            "rewritten_query": text if outcome.status == Status.OK else None,
-            **llm_fields(outcome, answer, seed=request.seed, model=self._config.llm.model),
+            "rewritten_query": text,
+            **answer.fields(model=self._config.llm.model),
         }

@@ -10,11 +10,11 @@ import pyarrow.compute as pc
 from reasonembed.progress import duration
 from reasonembed.report.charts import NOTHING, Html, join, meter, number, table, tag
 from reasonembed.report.facts import Facts, finite
-from reasonembed.run import STAGES
 
-_LLM_STAGES = ("generate", "annotate", "audit", "rewrite")
+_LLM_STAGES = ("filter", "generate", "annotate", "audit", "rewrite")
 _ARTIFACTS = {
     "corpus": "corpus",
+    "filter": "domains",
     "plan": "seeds",
     "generate": "queries",
     "mine": "candidates",
@@ -38,7 +38,7 @@ class _Cost:
 
 def costs(facts: Facts) -> Html:
     """A row for each stage, and the time of all."""
-    every = [_cost(facts, stage) for stage in STAGES]
+    every = [_cost(facts, stage) for stage in facts.run.stages]
     longest = max(cost.seconds for cost in every) or 1.0
     total = math.fsum(cost.seconds for cost in every)
     rows = [_cost_row(cost, longest, total) for cost in every]

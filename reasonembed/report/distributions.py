@@ -31,7 +31,7 @@ def distributions(facts: Facts) -> Html:
         if expected := judged.column("expected_label").drop_null().to_pylist():
             title = "Expected label of judged pairs"
             parts.append(bar_chart(title, _quarters(expected), x_label="label"))
-    lengths = _lengths(facts)
+    lengths = [*_lengths(facts), *_labels_by_condition(facts)]
     parts += lengths[:1]
     if facts.steps:
         parts += _intensity_charts(facts)
@@ -71,6 +71,53 @@ def _lengths(facts: Facts) -> list[Html]:
             ],
             align="lrlrrr",
         ),
+    ]
+
+
+def _labels_by_condition(facts: Facts) -> list[Html]:
+    """Tables of labels by task, requested length and education level."""
+    judged = facts.rows("judgments", "query_id", "relevance_label")
+    seeds = facts.rows("seeds", "query_id", "task", "min_words", "max_words", "education_level")
+    if judged is None or seeds is None or not judged.num_rows:
+        return []
+    # Grouped before they are joined: pairs are many, queries and grades are few.
+    counts = judged.group_by(["query_id", "relevance_label"]).aggregate([([], "count_all")])
+    rows = counts.join(seeds, keys="query_id", join_type="inner").to_pylist()
+    parts: list[Html] = []
+    for title, condition in _CONDITIONS.items():
+        groups: dict[tuple[object, ...], Counter[int | None]] = {}
+        for row in rows:
+            group = groups.setdefault(tuple(row[name] for name in condition), Counter())
+            group[row["relevance_label"]] += row["count_all"]
+        shown = [_label_row(group, counts) for group, counts in sorted(groups.items())]
+        head = [title, "pairs", "4–5, 3, 1–2", *"12345", "none", "mean"]
+        parts += [
+            tag("h3", f"Relevance label by {title}"),
+            table(head, shown, align="lrlrrrrrrr"),
+        ]
+    return parts
+
+
+_CONDITIONS = {
+    "task": ("task",),
+    "words asked": ("min_words", "max_words"),
+    "education level": ("education_level",),
+}
+
+
+def _label_row(group: tuple[object, ...], counts: Counter[int | None]) -> list[object]:
+    graded = max(1, counts.total() - counts[None])
+    shares = [(counts[5] + counts[4]) / graded, counts[3] / graded]
+    shares.append((counts[2] + counts[1]) / graded)
+    label = ", ".join(f"{share:.0%}" for share in shares)
+    mean = sum(grade * n for grade, n in counts.items() if grade) / graded
+    return [
+        "–".join(map(str, group)),
+        number(counts.total()),
+        meter(*shares, label=label, order=(3, 1, 2)),
+        *(f"{counts[grade] / graded:.0%}" for grade in range(1, 6)),
+        number(counts[None]),
+        number(mean, 2),
     ]
 
 

@@ -69,7 +69,7 @@ def _example(
             _quoted(f"Source document {source}", texts.get(source), 500),
             _quoted(f"Query {sample['query_id']}", sample["query"], 700, kind="query"),
             _passage("Best positive", positive),
-            _passage("Hardest negative (the miner's first)", negative),
+            _passage("Hardest negative (ranked first)", negative),
             _quoted("Rewritten query q′ (what was added)", rewritten, 500),
             _quoted("The annotator on the positive", (verdict or {}).get("analysis"), 500),
             class_="pair",

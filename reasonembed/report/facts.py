@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reasonembed.artifacts import json_lines
+from reasonembed.corpus import CorpusStore
 from reasonembed.report.charts import NOTHING, Point, number, tag
 from reasonembed.run import Run
 
@@ -47,6 +48,11 @@ class Facts:
         """What the evaluation found; None before it."""
         return self.run.directory("evaluate").finished()
 
+    @cached_property
+    def corpus(self) -> CorpusStore | None:
+        """The corpus; None before it is committed."""
+        return self.run.corpus_store() if self.run.artifact("corpus").commits() else None
+
     def points(self, metric: str) -> list[Point]:
         """A metric of the training log over the steps; what is not finite is left out."""
         return [
@@ -57,10 +63,16 @@ class Facts:
 
     def llms(self) -> list[tuple[str, str]]:
         """Each language model with what it does."""
-        roles = {"generate": "writes", "annotate": "judges", "rewrite": "rewrites"}
+        roles = {
+            "filter": "filters",
+            "generate": "writes",
+            "annotate": "judges",
+            "rewrite": "rewrites",
+        }
         work: dict[str, list[str]] = {}
         for stage, verb in roles.items():
-            work.setdefault(getattr(self.config, stage).llm.model, []).append(verb)
+            if stage in self.run.stages:
+                work.setdefault(getattr(self.config, stage).llm.model, []).append(verb)
         return [(model, ", ".join(verbs)) for model, verbs in work.items()]
 
     def attempts(self, stage: str) -> list[dict[str, Any]]:
@@ -90,10 +102,14 @@ class Facts:
         artifact = self.run.artifact(kind)
         return artifact.read(columns=list(columns)) if artifact.commits() else None
 
-    def some(self, kind: str, column: str, ids: Collection[str]) -> list[dict[str, Any]]:
+    def table(self, kind: str, column: str, ids: Collection[str]) -> pa.Table:
         """Rows with one of these ids, read without loading the others' texts."""
         wanted = pc.field(column).isin(pa.array(ids, pa.string()))
-        rows: list[dict[str, Any]] = self.run.artifact(kind).read(only=wanted).to_pylist()
+        return self.run.artifact(kind).read(only=wanted)
+
+    def some(self, kind: str, column: str, ids: Collection[str]) -> list[dict[str, Any]]:
+        """Rows with one of these ids, as `table` reads them."""
+        rows: list[dict[str, Any]] = self.table(kind, column, ids).to_pylist()
         return rows
 
 

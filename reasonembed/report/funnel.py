@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from reasonembed.remixer.assemble import FATES, HELD_OUT
 from reasonembed.report.charts import NOTHING, Html, meter, number, table, tag
 from reasonembed.report.facts import Facts, excerpt, finite
 from reasonembed.schemas import Status
@@ -37,18 +38,10 @@ class _Level:
 
 def funnel(facts: Facts) -> Html:
     """A row for each level, documents first."""
-    builders: dict[str, Callable[[Facts], _Level | None]] = {
-        "documents": _documents,
-        "seeds (planned queries)": _seeds,
-        "queries": _queries,
-        "candidates": _candidates,
-        "judged pairs": _judged,
-        "rewritten queries": _rewrites,
-        "samples": _samples,
-        "training steps": _training,
-    }
     rows: list[list[object]] = []
-    for name, build in builders.items():
+    for stage, (name, build) in _LEVELS.items():
+        if stage not in facts.run.stages:
+            continue
         level = build(facts)
         if level is None:
             rows.append([name, NOTHING, "", tag("span", "not run yet", class_="empty")])
@@ -70,6 +63,16 @@ def _documents(facts: Facts) -> _Level | None:
         return None
     distinct = len(groups.column("group_id").unique())
     return _Level(f"documents, {number(distinct)} distinct texts", groups.num_rows)
+
+
+def _domains(facts: Facts) -> _Level | None:
+    config, asked = facts.config.filter, facts.rows("domains", "status", "detail", "probability")
+    if config is None or asked is None:
+        return None
+    kept = pc.sum(pc.greater_equal(asked.column("probability"), config.min_probability)).as_py()
+    answered = pc.sum(pc.equal(asked.column("status"), str(Status.OK))).as_py() or 0
+    losses = [("document: another domain", answered - (kept or 0)), *_reasons(asked)]
+    return _Level("documents of the domain", kept or 0, (kept or 0) / asked.num_rows, losses)
 
 
 def _seeds(facts: Facts) -> _Level | None:
@@ -121,9 +124,11 @@ def _judged(facts: Facts) -> _Level | None:
 
 
 def _rewrites(facts: Facts) -> _Level | None:
-    queries = facts.rows("queries", "status")
+    queries, mined = facts.rows("queries", "status"), facts.rows("candidates", "query_id")
     usable = pc.sum(pc.equal(queries.column("status"), str(Status.OK))).as_py() if queries else 0
-    return _answers(facts, "rewrites", "rewritten queries", planned=usable or 0)
+    # Near-duplicates among the usable queries are neither mined nor rewritten.
+    planned = mined.num_rows if mined else usable or 0
+    return _answers(facts, "rewrites", "rewritten queries", planned=planned)
 
 
 def _answers(facts: Facts, kind: str, name: str, *, planned: int) -> _Level | None:
@@ -166,16 +171,15 @@ def _merged(details: Sequence[str]) -> str:
 
 
 def _samples(facts: Facts) -> _Level | None:
-    made, queries = facts.rows("samples", "query_id"), facts.rows("queries", "query_id")
+    made, queries = facts.rows("samples", "split"), facts.rows("queries", "query_id")
     if made is None:
         return None
-    losses = [
-        (f"queries: {why}", int(finite(count)))
-        for why, count in facts.result("assemble").items()
-        if why != "sample"
-    ]
+    result = facts.result("assemble")
+    losses = [(f"queries: {why}", int(finite(result.get(why)))) for why in FATES[:-1]]
     total = queries.num_rows if queries else made.num_rows
-    return _Level("samples", made.num_rows, made.num_rows / max(1, total), losses)
+    held_out = pc.sum(pc.equal(made.column("split"), HELD_OUT)).as_py() or 0
+    name = f"samples, {number(held_out)} of them held out" if held_out else "samples"
+    return _Level(name, made.num_rows, made.num_rows / max(1, total), losses)
 
 
 def _training(facts: Facts) -> _Level | None:
@@ -183,3 +187,17 @@ def _training(facts: Facts) -> _Level | None:
         return None
     size = facts.config.train.batch_queries
     return _Level(f"training steps of {size} queries", len(facts.steps))
+
+
+_LEVELS: dict[str, tuple[str, Callable[[Facts], _Level | None]]] = {
+    "corpus": ("documents", _documents),
+    "filter": ("documents of the domain", _domains),
+    "plan": ("seeds (planned queries)", _seeds),
+    "generate": ("queries", _queries),
+    "mine": ("candidates", _candidates),
+    "annotate": ("judged pairs", _judged),
+    "rewrite": ("rewritten queries", _rewrites),
+    "assemble": ("samples", _samples),
+    "train": ("training steps", _training),
+}
+"""By the stage that makes it."""

@@ -12,7 +12,6 @@ from reasonembed.config import fingerprint, flatten
 from reasonembed.progress import duration
 from reasonembed.report.charts import NOTHING, Html, join, number, tag
 from reasonembed.report.facts import SYSTEMS, UNTRAINED, Facts, is_finite, signed
-from reasonembed.run import STAGES
 
 
 def header(facts: Facts) -> Html:
@@ -20,7 +19,7 @@ def header(facts: Facts) -> Html:
     config, run = facts.config, facts.run
     identity = flatten(config.model_dump(mode="json", exclude={"run_dir", "runtime"}))
     started = [note["started"] for note in facts.timeline if is_finite(note.get("started"))]
-    total = math.fsum(facts.seconds(stage) for stage in STAGES)
+    total = math.fsum(facts.seconds(stage) for stage in facts.run.stages)
     described = {
         "Corpus": f"{config.corpus.source} (task {config.corpus.task})",
         "Language model": ", ".join(f"{model} ({what})" for model, what in facts.llms()),
@@ -49,7 +48,7 @@ def _date(seconds: float) -> str:
 def _stage_strip(facts: Facts) -> Html:
     marks = {"done": "✓", "failed": "✗", "begun": "…", "not run yet": "·"}
     items = []
-    for stage in STAGES:
+    for stage in facts.run.stages:
         state = facts.state(stage)
         kind = state if state in ("done", "failed") else "pending"
         items.append(tag("li", f"{marks[state]} {stage}", class_=kind, title=f"{stage}: {state}"))
@@ -60,9 +59,9 @@ def result(facts: Facts) -> Html:
     """The verdict and a tile for each system; before evaluation, how far the run is."""
     card = facts.scorecard
     if card is None:
-        states = {stage: facts.state(stage) for stage in STAGES}
+        states = {stage: facts.state(stage) for stage in facts.run.stages}
         open_ = [stage for stage, state in states.items() if state != "done"]
-        done = f"{len(STAGES) - len(open_)} of {len(STAGES)} stages are done"
+        done = f"{len(states) - len(open_)} of {len(states)} stages are done"
         said = f"Not evaluated yet: {done}" + (f", {open_[0]} is next." if open_ else ".")
         return tag("p", said, class_="lead")
     scores = {name: figures["ndcg@10"] for name, figures in card["systems"].items()}

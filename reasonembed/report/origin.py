@@ -9,12 +9,11 @@ import yaml
 
 from reasonembed.report.charts import NOTHING, Html, escape, join, table, tag
 from reasonembed.report.facts import NOT_RUN, Facts
-from reasonembed.run import STAGES
 
 
 def origin(facts: Facts) -> Html:
     """Every artifact with its inputs, fingerprint and version; passwords are left out."""
-    outputs = [output for stage in STAGES for output in facts.run.outputs(stage)]
+    outputs = [output for stage in facts.run.stages for output in facts.run.outputs(stage)]
     made = {output.name: begun for output in outputs if (begun := output.stage())}
     rows = [
         [
@@ -28,10 +27,13 @@ def origin(facts: Facts) -> Html:
     settings = facts.config.model_dump(mode="json")
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     text = re.sub(r"//[^/@\s]+@", "//…@", text)  # a password in a server's address stays here
-    arrows = (
-        "corpus → seeds → queries → candidates → judgments → samples → train → export → evaluate; "
-        "queries → rewrites → samples"
-    )
+    arrows = "samples → train → export → evaluate"
+    if not facts.config.assemble.sources:
+        filtered = "domains → " if facts.config.filter else ""
+        arrows = (
+            f"corpus → {filtered}seeds → queries → candidates → judgments → {arrows}; "
+            "queries → rewrites → samples"
+        )
     head = ["made", "from", "fingerprint", "version"]
     return join(
         [

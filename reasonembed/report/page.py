@@ -9,7 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from reasonembed.errors import StorageError
+from reasonembed.report.annotator import annotator
 from reasonembed.report.charts import Html, join, tag
+from reasonembed.report.contamination import contaminated
 from reasonembed.report.costs import costs
 from reasonembed.report.distributions import distributions
 from reasonembed.report.evaluation import evaluated
@@ -20,6 +22,7 @@ from reasonembed.report.head import header, result
 from reasonembed.report.origin import origin
 from reasonembed.report.reading import honest
 from reasonembed.report.training import trained
+from reasonembed.report.triviality import trivial
 from reasonembed.run import Run
 
 FILE = "report.html"
@@ -85,6 +88,9 @@ _SECTIONS = (
     _Section("funnel", "From documents to steps", funnel),
     _Section("examples", "Examples", examples),
     _Section("distributions", "Distributions", distributions),
+    _Section("triviality", "Triviality", trivial),
+    _Section("contamination", "Contamination", contaminated),
+    _Section("annotator", "Annotator", annotator),
     _Section("training", "Training", trained),
     _Section("evaluation", "Evaluation", evaluated),
     _Section("costs", "Time and tokens", costs),

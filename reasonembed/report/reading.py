@@ -19,15 +19,18 @@ _AUC_WORDS = (
 
 def honest(facts: Facts) -> Html:
     """What these figures show, and what they cannot."""
-    paragraphs = [_about_models(facts), *_about_annotator(facts), *_about_rivals(facts)]
+    paragraphs = _about_rivals(facts)
+    if facts.llms():
+        paragraphs = [_about_models(facts), *_about_annotator(facts), *paragraphs]
+    else:
+        paragraphs.insert(0, "The samples were made elsewhere: nothing of how is known here.")
     return tag("div", *(tag("p", text) for text in paragraphs), class_="honest")
 
 
 def _about_models(facts: Facts) -> str:
     models = [model for model, _ in facts.llms()]
-    engines = {
-        getattr(facts.config, stage).llm.engine for stage in ("generate", "annotate", "rewrite")
-    }
+    stages = ("generate", "annotate", "rewrite")
+    engines = {getattr(facts.config, stage).llm.engine for stage in stages}
     if "scripted" in engines:
         return (
             "No language model ran here: the answers come from a script. The figures show that "

@@ -19,6 +19,7 @@ class Reply:
     body: Any
     status: int = 200
     delay_s: float = 0.0
+    retry_after_ms: int = 1
     content_type: str = "application/json"
 
 
@@ -37,6 +38,7 @@ def completion(
     finish_reason: str = "stop",
     top_logprobs: dict[str, float] | None = None,
     usage: tuple[int, int] | None = (11, 7),
+    cached_tokens: int | None = None,
 ) -> Reply:
     choice: dict[str, Any] = {
         "index": 0,
@@ -62,6 +64,8 @@ def completion(
             "completion_tokens": usage[1],
             "total_tokens": sum(usage),
         }
+        if cached_tokens is not None:
+            body["usage"]["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
     return Reply(body)
 
 
@@ -82,10 +86,10 @@ def serving(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[ChatServer]:
                 self.send_response(reply.status)
                 self.send_header("Content-Type", reply.content_type)
                 self.send_header("Content-Length", str(len(data.encode())))
-                self.send_header("retry-after-ms", "1")
+                self.send_header("retry-after-ms", str(reply.retry_after_ms))
                 self.end_headers()
                 self.wfile.write(data.encode())
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 pass  # the client gave up waiting, which is what that test is about
 
         def log_message(self, *_: object) -> None:

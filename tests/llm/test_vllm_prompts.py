@@ -103,16 +103,19 @@ def test_choice_probabilities_are_normalised_over_the_choices(folder, shift):
     }
     answer = SimpleNamespace(text="1", finish_reason="length", token_ids=[5], logprobs=[logprobs])
     prompt = made.prompt(asked)
-    done = made.completion(asked, prompt, SimpleNamespace(outputs=[answer]))
+    done = made.completion(asked, prompt, SimpleNamespace(outputs=[answer], num_cached_tokens=32))
     # 1 / (1 + e^-1)
     assert done.choice_probabilities == pytest.approx({"1": 0.7310586, "2": 0.2689414})
     assert (done.prompt_tokens, done.completion_tokens) == (len(prompt.token_ids), 1)
+    assert done.cached_tokens == 32
 
 
 def test_a_completion_holds_what_the_engine_says(folder):
     made = renderer(folder)
     asked = request()
     answer = SimpleNamespace(text="hi", finish_reason=None, token_ids=[5, 6], logprobs=None)
-    done = made.completion(asked, made.prompt(asked), SimpleNamespace(outputs=[answer]))
+    done = made.completion(
+        asked, made.prompt(asked), SimpleNamespace(outputs=[answer], num_cached_tokens=None)
+    )
     assert (done.text, done.finish_reason, done.completion_tokens) == ("hi", "stop", 2)
-    assert done.choice_probabilities == {}
+    assert (done.choice_probabilities, done.cached_tokens) == ({}, 0)

@@ -18,15 +18,18 @@ def environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def start(*command: str, **streams: Any) -> subprocess.Popen[str]:
+def start(
+    *command: str, variables: dict[str, str] | None = None, **streams: Any
+) -> subprocess.Popen[str]:
     """Starts a command as the leader of a session, so that all that it starts can be ended."""
+    surroundings = environment() | (variables or {})
     return subprocess.Popen(
-        command, text=True, cwd=ROOT, env=environment(), start_new_session=True, **streams
+        command, text=True, cwd=ROOT, env=surroundings, start_new_session=True, **streams
     )
 
 
-def start_reasonembed(*arguments: str, **streams: Any) -> subprocess.Popen[str]:
-    return start(sys.executable, "-m", "reasonembed.cli", *arguments, **streams)
+def start_reasonembed(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return start(sys.executable, "-m", "reasonembed.cli", *arguments, **options)
 
 
 def reasonembed(*arguments: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,8 @@ def sample_rows(*, task: str = "stdlib", count: int = 8, negatives: int = 5) -> 
             "rewritten_query": f"why does key {i} follow the order of insertion {i}",
             "positives": [passage("positive", i, j) for j in range(2)],
             "negatives": [passage("negative", i, j) for j in range(negatives)],
-            "source_doc_id": "s",
+            "source_doc_id": None,
+            "split": "train",
         }
         for i in range(count)
     ]

@@ -5,11 +5,13 @@ import torch
 from safetensors.torch import load_file
 
 from reasonembed.config import TrainConfig, TrainRuntime
+from reasonembed.corpus import text_hash
 from reasonembed.errors import ConfigError, DriftError, ModelError
 from reasonembed.redapter import loop
-from reasonembed.redapter.loop import learning_rate_at, train
+from reasonembed.redapter.batches import BatchPlan, samples_from_rows
+from reasonembed.redapter.loop import learning_rate_at, positive_mask, train
 from tests.embedder.tiny import encoder_config
-from tests.redapter.samples import samples
+from tests.redapter.samples import sample_rows, samples
 
 
 def config(checkpoint, **changes):
@@ -137,6 +139,85 @@ def test_masking_known_positives_changes_the_loss(checkpoint, tmp_path):
         return reports[0]["query_loss"]
 
     assert first_loss(True) < first_loss(False) - 0.1
+
+
+def passage(doc_id, text):
+    return {"doc_id": doc_id, "text": text, "label": None, "text_hash": text_hash(text)}
+
+
+def masked_texts(checkpoint, rows):
+    """For each query id: the chosen positive, and the texts that are masked for it."""
+    plan = BatchPlan(samples_from_rows(rows), config(checkpoint, batch_queries=len(rows)))
+    found = []
+    for epoch in range(8):  # each chooses positives anew
+        groups = plan.batch(epoch)
+        passages = [one for group in groups for one in group.passages]
+        for group, mask in zip(groups, positive_mask(groups).tolist(), strict=True):
+            texts = sorted(p.text for p, is_masked in zip(passages, mask, strict=True) if is_masked)
+            found.append((group.sample.query_id, group.passages[0].text, texts))
+    return found
+
+
+def test_known_positives_are_masked_by_text_whatever_their_ids(checkpoint):
+    first, second = sample_rows(count=2, negatives=2)
+    first["positives"] = [passage("a", "own"), passage("b", "other text")]
+    second["positives"] = [passage("c", "other  text")]  # white space does not count
+    second["negatives"] = [passage("d", "own"), passage("e", "unknown")]
+    masked = masked_texts(checkpoint, [first, second])
+    assert ("stdlib-0", "own", ["other  text", "own"]) in masked
+    assert ("stdlib-0", "other text", ["other  text", "own"]) in masked
+    # Its only positive is masked where the first query brings it, and its own column never is.
+    assert ("stdlib-1", "other  text", []) in masked
+    assert ("stdlib-1", "other  text", ["other text"]) in masked
+    assert len({str(one) for one in masked}) == 4
+
+
+def test_samples_of_one_query_know_each_others_positives(checkpoint):
+    first, second = sample_rows(count=2, negatives=2)
+    first["positives"], second["positives"] = [passage("a", "one")], [passage("b", "two")]
+    apart = masked_texts(checkpoint, [first, second])
+    assert all(texts == [] for _, _, texts in apart)
+    second["query"] = first["query"]
+    for query_id, _, texts in masked_texts(checkpoint, [first, second]):
+        assert texts == (["two"] if query_id == "stdlib-0" else ["one"])
+
+
+def test_samples_without_rewritten_queries_train_by_the_plain_mean(checkpoint, tmp_path):
+    plain = [type(one)(**{**vars(one), "rewritten_query": one.query}) for one in samples()]
+    reports = []
+    train(
+        config(checkpoint, max_steps=3, intensity_start_step=0),
+        plain,
+        weights=checkpoint,
+        runtime=TrainRuntime(threads=1),
+        output_dir=tmp_path,
+        report=lambda metrics, _: reports.append(metrics),
+    )
+    for metrics in reports:  # dropout moves the intensities, and would move the weights
+        assert metrics["intensity_max"] > metrics["intensity_min"]
+        assert metrics["effective_batch_size"] == pytest.approx(4, abs=1e-3)
+        assert metrics["loss"] == pytest.approx(metrics["query_loss"])
+
+
+def test_tasks_of_different_shapes_train_together(checkpoint, tmp_path):
+    mixed = samples() + samples(task="wide", count=6)
+    reports = []
+    train(
+        config(
+            checkpoint,
+            max_steps=None,
+            intensity_start_step=100,
+            mask_false_negatives=True,
+            task_batches={"wide": {"batch_queries": 6, "group_size": 2}},
+        ),
+        mixed,
+        weights=checkpoint,
+        runtime=TrainRuntime(threads=1, chunk_texts=6),
+        output_dir=tmp_path,
+        report=lambda metrics, _: reports.append(metrics),
+    )
+    sizes = sorted(metrics["effective_batch_size"] for metrics in reports)
+    assert sizes == pytest.approx([4, 4, 6], abs=1e-3)  # 8 samples by 4, and 6 by 6
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(checkpoint, tmp_path):

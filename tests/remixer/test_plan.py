@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonembed.config import LengthBucket, PlanConfig
-from reasonembed.remixer.plan import plan_seeds, query_id
-from reasonembed.schemas import SEEDS
+from reasonembed.evaluation.datasets import Collection
+from reasonembed.remixer.plan import held_out_documents, plan_seeds, query_id
+from reasonembed.schemas import DOMAINS, SEEDS, from_rows
 from tests.remixer.fakes import corpus_table
 
 CONFIG = PlanConfig(min_chars=3, max_chars=20)
@@ -40,6 +41,8 @@ def test_each_rule_sets_documents_aside_and_is_counted():
         "too short": 1,
         "too long": 1,
         "exact duplicate": 1,
+        "domain unknown": 0,
+        "other domain": 0,
         "over the cap": 1,
     }
     assert plan.seeds.num_rows == 2
@@ -96,14 +99,89 @@ def test_nothing_held_out_is_a_seed_in_any_copy_and_every_document_has_a_fate(te
     assert sum(plan.funnel.values()) + plan.seeds.num_rows == len(texts)
 
 
-@given(corpora, doc_ids, st.sampled_from(["text 3", "new text"]), st.integers(1, 6))
-def test_one_more_document_moves_at_most_one_seed(texts, new_id, new_text, cap):
-    texts.pop(new_id, None)
+@given(corpora, corpora, st.sets(doc_ids, max_size=3), st.integers(1, 6))
+def test_a_growing_corpus_moves_at_most_as_many_seeds_as_documents_came(texts, more, held_out, cap):
+    new = {doc_id: text for doc_id, text in more.items() if doc_id not in texts}
     config = CONFIG.model_copy(update={"max_seeds_per_task": cap})
-    before = set(sources(plan_seeds(corpus_table(texts), config, held_out=())))
-    after = set(sources(plan_seeds(corpus_table(texts | {new_id: new_text}), config, held_out=())))
-    assert len(before - after) <= 1
-    assert len(after - before) <= 1
+    before = set(sources(plan_seeds(corpus_table(texts), config, held_out=held_out)))
+    after = set(sources(plan_seeds(corpus_table(texts | new), config, held_out=held_out)))
+    assert len(before - after) <= len(new)
+    assert len(after - before) <= len(new)
+
+
+def domains(probabilities):
+    """Rows of `domains`; a document whose probability is None is an error row."""
+    rows = [
+        {
+            "doc_id": doc_id,
+            "task": "generic",
+            "probability": probability,
+            "status": "error" if probability is None else "ok",
+            "detail": None,
+            "finish_reason": "length",
+            "prompt_tokens": 1,
+            "cached_tokens": 0,
+            "completion_tokens": 1,
+            "tries": 1,
+            "seed": 0,
+            "model": "m",
+        }
+        for doc_id, probability in probabilities.items()
+    ]
+    return from_rows(rows, DOMAINS, where="test")
+
+
+def test_documents_of_another_domain_or_of_none_that_is_known_are_no_seeds():
+    texts = {"yes": "one", "limit": "two", "no": "three", "error": "four", "unasked": "five"}
+    plan = plan_seeds(
+        corpus_table(texts),
+        CONFIG,
+        held_out=(),
+        domains=domains({"yes": 0.9, "limit": 0.5, "no": 0.25, "error": None}),
+        min_probability=0.5,
+    )
+    assert set(sources(plan)) == {"yes", "limit"}
+    assert plan.funnel["other domain"] == 1
+    assert plan.funnel["domain unknown"] == 2
+
+
+def test_the_cap_counts_documents_of_the_domain_only():
+    texts = {f"d{i}": f"text {i}" for i in range(8)}
+    config = CONFIG.model_copy(update={"max_seeds_per_task": 3})
+    asked = domains({f"d{i}": float(i % 2) for i in range(8)})
+    plan = plan_seeds(corpus_table(texts), config, held_out=(), domains=asked, min_probability=0.5)
+    assert plan.seeds.num_rows == 3
+    assert plan.funnel["other domain"] == 4
+    assert plan.funnel["over the cap"] == 1
+
+
+def collection(*, gold, excluded):
+    return Collection(
+        name="test",
+        queries={"q": "why"},
+        qrels={"q": dict.fromkeys(gold, 1)},
+        excluded={"q": frozenset(excluded)},
+        task="generic",
+        instruction="",
+        corpus_source=None,
+    )
+
+
+def test_what_an_evaluation_names_and_what_is_nearly_its_gold_is_held_out():
+    text = "a moth that flies to a light keeps it at one angle as it would keep the moon"
+    texts = {
+        "gold": text,
+        "near-gold": f"{text} above",
+        "excluded": text.replace("moth", "beetle and a wasp and a fly"),
+        "near-excluded": text.replace("moth", "beetle and a wasp and a fly") + " above",
+        "other": "something else",
+    }
+    named = collection(gold=["gold"], excluded=["excluded", "not-in-the-corpus"])
+    corpus = corpus_table(texts)
+    held_out = held_out_documents(corpus, named, CONFIG)
+    assert held_out == {"gold", "near-gold", "excluded", "not-in-the-corpus"}
+    strict = CONFIG.model_copy(update={"max_gold_similarity": 1.0})
+    assert held_out_documents(corpus, named, strict) == held_out - {"near-gold"}
 
 
 def test_a_seeds_conditions_do_not_depend_on_other_documents():

@@ -5,20 +5,24 @@ import json
 from reasonembed.config import parse
 from reasonembed.corpus import text_hash
 from reasonembed.evaluation.scorecard import scorecard
-from reasonembed.remixer.assemble import assemble_samples
+from reasonembed.remixer.assemble import JUDGED_COLUMNS, Assembler, Inputs, SampleWriter
 from reasonembed.remixer.plan import plan_seeds
+from reasonembed.run import STAGES as ALL_STAGES
 from reasonembed.run import Run
 from reasonembed.schemas import from_rows
 
 NUM_DOCS, VARIANTS = 8, 2
+STAGES = tuple(stage for stage in ALL_STAGES if stage != "filter")
 
 
-def llm(detail=None, *, model="m", tokens=10, finish_reason="stop"):
+def llm(detail=None, *, model="m", tokens=10, finish_reason="stop", tries=1):
     return {
         "detail": detail,
         "finish_reason": finish_reason,
         "prompt_tokens": tokens,
+        "cached_tokens": 0,
         "completion_tokens": 2,
+        "tries": tries,
         "seed": 0,
         "model": model,
     }
@@ -87,6 +91,20 @@ class Builder:
         ]
         self.commit("corpus", rows)
 
+    def filter(self):
+        probability = {"d1": 0.1, "d2": None}
+        rows = [
+            {
+                "doc_id": f"d{i}",
+                "task": "generic",
+                "probability": probability.get(f"d{i}", 0.9),
+                "status": "error" if i == 2 else "ok",
+                **llm("refused" if i == 2 else None),
+            }
+            for i in range(1, NUM_DOCS)
+        ]
+        self.commit("domains", rows, inputs=["corpus"])
+
     def plan(self):
         corpus = self.run.artifact("corpus").read()
         plan = plan_seeds(corpus, self.run.config.plan, held_out={"d0"})
@@ -121,9 +139,9 @@ class Builder:
                 "query_id": row["query_id"],
                 "source_doc_id": row["source_doc_id"],
                 "task": "generic",
-                "retriever": "miner-model",
                 "doc_ids": [f"d{i}" for i in range(NUM_DOCS) if f"d{i}" != row["source_doc_id"]],
                 "scores": [0.5] * (NUM_DOCS - 1),
+                "origins": [[{"retriever": "miner", "rank": 1 + i}] for i in range(NUM_DOCS - 1)],
                 "num_excluded": 1,
             }
             for row in self.usable()
@@ -139,6 +157,9 @@ class Builder:
             "expected_label": label and label + 0.25,
             "confidence": None,
             "analysis": f"analysis {self.text}",
+            "votes": [label] if label else [],
+            "quick_label": None,
+            "route": "full",
             "status": "ok" if label else "invalid",
             **llm(detail),
         }
@@ -173,14 +194,26 @@ class Builder:
         self.commit("rewrites", rows, inputs=["queries"])
 
     def assemble(self):
-        assembly = assemble_samples(
-            *(self.run.artifact(kind).read() for kind in ("queries", "judgments", "rewrites")),
-            corpus=self.run.corpus_store(),
+        made = {
+            kind: self.run.artifact(kind).read(columns=columns)
+            for kind, columns in (
+                ("queries", None),
+                ("candidates", None),
+                ("judgments", JUDGED_COLUMNS),
+                ("rewrites", None),
+            )
+        }
+        assembler = Assembler(
+            Inputs(**made, corpus=self.run.corpus_store()),
             config=self.run.config.assemble,
-            instructions={"generic": "Find."},
+            tasks=self.run.config.task_table,
+            max_query_similarity=1.0,
         )
-        self.commit("samples", assembly.samples, inputs=["queries", "judgments", "rewrites"])
-        return assembly.funnel
+        artifact = self.run.artifact("samples")
+        inputs = {f"input.{kind}": self.run.artifact(kind).stage().fingerprint for kind in made}
+        artifact.begin(inputs, version="0.1.0")
+        SampleWriter(artifact).write(assembler.samples(), name="samples")
+        return assembler.funnel | {"train": 6}
 
     def train(self, steps=4):
         directory = self.run.directory("train")

@@ -1,14 +1,13 @@
-from reasonembed.run import STAGES
 from reasonembed.schemas import ARTIFACTS
 from tests.report.parsed_page import page_of
-from tests.report.small_run import Builder
+from tests.report.small_run import STAGES, Builder
 
 
 def test_examples_do_not_depend_on_the_moment(whole):
     first, second = (page_of(whole).text.split("Examples")[2] for _ in range(2))
     assert first == second
     assert "Best positive d0, label 5.25" in first
-    assert "Hardest negative (the miner's first) d1, label 1.25" in first
+    assert "Hardest negative (ranked first) d1, label 1.25" in first
     assert "thought plain" in first and "Rows that failed" in first
 
 

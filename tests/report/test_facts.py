@@ -1,9 +1,8 @@
 import math
 
 from reasonembed.report import write_report
-from reasonembed.run import STAGES
 from tests.report.parsed_page import page_of
-from tests.report.small_run import Builder
+from tests.report.small_run import STAGES, Builder
 
 
 def test_a_step_that_stands_twice_counts_as_its_later_line(tmp_path):

@@ -4,9 +4,8 @@ import pytest
 
 from reasonembed.errors import StorageError
 from reasonembed.report import write_report
-from reasonembed.run import STAGES
 from tests.report.parsed_page import page_of
-from tests.report.small_run import Builder
+from tests.report.small_run import STAGES, Builder
 
 HOSTILE = (
     """</pre><script src="http://evil.example/x.js">alert('1')</script>&amp; "é" 😀 \x00 {{x}} $y"""

@@ -1,0 +1,105 @@
+"""Texts to rows of `embeddings`, a block at a time; what a worker of the embedding job does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reasonembed.artifacts import Artifact
+from reasonembed.errors import ModelError
+from reasonembed.schemas import conform
+
+_Vectors = NDArray[np.float32]
+
+
+class TextEmbedder(Protocol):
+    """What `Embedder` and `EndpointEmbedder` have in common."""
+
+    def encode_queries(self, texts: Sequence[str], *, instruction: str = "") -> _Vectors:
+        """Vectors of queries, float32 [N, D]."""
+
+    def encode_documents(self, texts: Sequence[str]) -> _Vectors:
+        """Vectors of documents, float32 [N, D]."""
+
+
+class EmbedTexts:
+    """Maps queries (`id`, `text`, `instruction`) to their vectors.
+
+    Args:
+        embedder: What embeds.
+        schema: Of the vectors artifact.
+    """
+
+    def __init__(self, embedder: TextEmbedder, schema: pa.Schema) -> None:
+        self._embedder, self._schema = embedder, schema
+
+    def __call__(self, texts: pa.Table) -> pa.Table:
+        """One row a text; see `vector_rows` for what is refused."""
+        found = []
+        for instruction in texts.column("instruction").unique().to_pylist():
+            part = texts.filter(pc.equal(texts.column("instruction"), instruction))
+            vectors_ND = self._embedder.encode_queries(
+                part.column("text").to_pylist(), instruction=instruction
+            )
+            found.append(vector_rows(part.column("id"), vectors_ND, self._schema))
+        return pa.concat_tables(found)
+
+
+class EmbedDocuments:
+    """Maps places of documents (`id`, `part`, `group`, `row`) to their vectors.
+
+    Args:
+        embedder: What embeds.
+        schema: Of the vectors artifact.
+        corpus: Holds the texts; those of one row group are in memory at a time.
+    """
+
+    def __init__(self, embedder: TextEmbedder, schema: pa.Schema, *, corpus: Artifact) -> None:
+        self._embedder, self._schema = embedder, schema
+        # Blocks follow one another inside a row group.
+        self._texts = lru_cache(maxsize=1)(
+            lambda part, group: corpus.row_group(part, group, columns=["text"]).column("text")
+        )
+
+    def __call__(self, places: pa.Table) -> pa.Table:
+        """One row a document; see `vector_rows` for what is refused."""
+        rows = zip(
+            *(places.column(name).to_pylist() for name in ("part", "group", "row")), strict=True
+        )
+        texts = [self._texts(part, group)[row].as_py() for part, group, row in rows]
+        vectors_ND = self._embedder.encode_documents(texts)
+        return vector_rows(places.column("id"), vectors_ND, self._schema)
+
+
+def vector_rows(ids: pa.ChunkedArray, vectors_ND: _Vectors, schema: pa.Schema) -> pa.Table:
+    """Rows of `schemas.embeddings`.
+
+    Raises:
+        ModelError: The vectors have another dimension or number, or one of them is zero or not
+            finite.
+    """
+    dimension = schema.field("vector").type.list_size
+    if vectors_ND.shape != (len(ids), dimension):
+        raise ModelError(
+            f"vectors of shape {vectors_ND.shape} for {len(ids)} texts from {ids[0]} on; expected "
+            f"{dimension} dimensions"
+        )
+    for fault, bad in (
+        ("is not finite", ~np.isfinite(vectors_ND).all(axis=1)),
+        ("is zero", ~vectors_ND.any(axis=1)),
+    ):
+        if bad.any():
+            raise ModelError(
+                f"the vector of text {ids[int(bad.argmax())]} {fault}, {int(bad.sum())} of "
+                f"{len(ids)} in its block are; nothing of the block was kept. Does the model work "
+                "in this dtype, and is the text more than white space?"
+            )
+    flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
+    vectors = pa.FixedSizeListArray.from_arrays(flat, dimension)
+    return conform(pa.table({"id": ids, "vector": vectors}), schema, where="embeddings")

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from reasonembed.artifacts import Artifact
+from reasonembed.embedder.vectors import EmbedDocuments, EmbedTexts, vector_rows
+from reasonembed.errors import ModelError
+from reasonembed.index.places import by_row_group
+from reasonembed.remixer.mine import read_documents, texts_at
+from reasonembed.schemas import embeddings
+from tests.remixer.fakes import corpus_table
+
+SCHEMA = embeddings(2)
+
+
+class Lengths:
+    """A vector is the length of the text and of the instruction."""
+
+    def encode_queries(self, texts, *, instruction=""):
+        return np.array([[len(text), len(instruction)] for text in texts], np.float32)
+
+    def encode_documents(self, texts):
+        return np.array([[len(text), -1] for text in texts], np.float32)
+
+
+def test_each_query_is_embedded_under_its_own_instruction():
+    texts = pa.table(
+        {"id": ["a", "b", "c"], "text": ["x", "xx", "xxx"], "instruction": ["i", "", "i"]}
+    )
+    rows = EmbedTexts(Lengths(), SCHEMA)(texts).to_pylist()
+    assert {row["id"]: row["vector"] for row in rows} == {"a": [1, 1], "b": [2, 0], "c": [3, 1]}
+
+
+def test_documents_are_read_where_they_lie(tmp_path):
+    corpus = Artifact.declared(tmp_path, "corpus")
+    texts = {f"d{i}": "x" * (i + 1) for i in range(6)}
+    corpus.commit("one", corpus_table({one: texts[one] for one in list(texts)[:4]}))
+    corpus.commit("two", corpus_table({one: texts[one] for one in list(texts)[4:]}))
+    documents = read_documents(corpus)
+    places = documents.table.rename_columns({"text_id": "id"}).take([5, 0, 3, 4])
+    found = EmbedDocuments(Lengths(), SCHEMA, corpus=corpus)(places)
+    assert found.schema == SCHEMA
+    assert found["id"].to_pylist() == places["id"].to_pylist()
+    assert [vector[0] for vector in found["vector"].to_pylist()] == [6, 1, 4, 5]
+    assert len(list(by_row_group(places))) == 2
+    assert texts_at(corpus, places) == ["x" * 6, "x", "xxxx", "xxxxx"]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "said"),
+    [
+        ([[1, 2], [np.nan, 0]], "the vector of text b is not finite, 1 of 2"),
+        ([[np.inf, 2], [1, 0]], "the vector of text a is not finite"),
+        ([[1, 2], [0, 0]], "the vector of text b is zero, 1 of 2"),
+        ([[1, 2, 3], [1, 2, 3]], r"shape \(2, 3\) for 2 texts from a on; expected 2 dimensions"),
+        ([[1, 2]], r"shape \(1, 2\) for 2 texts"),
+    ],
+)
+def test_vectors_that_cannot_be_searched_are_refused_by_name(vectors, said):
+    with pytest.raises(ModelError, match=said):
+        vector_rows(pa.chunked_array([["a", "b"]]), np.array(vectors, np.float32), SCHEMA)
