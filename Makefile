@@ -23,7 +23,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/reasonembed run configs/quickstart.yaml
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -2,32 +2,29 @@
 
     python benchmarks/seeds.py configs/quickstart.yaml runs/quickstart 1 2
 
-Each seed gets a copy of the run's data (samples, vectors of miner and untrained backbone) and
-repeats train, export and evaluate. Prints a table and writes `benchmarks/results/seeds.json`.
+Each seed shares the run's data (samples, vectors of miner and untrained backbone) and repeats
+ train, export and evaluate. Prints a table and writes `benchmarks/results/seeds.json`.
 """
 
 import json
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from reasonembed.artifacts import link_tree
 from reasonembed.run import Run
 
 RESULT = Path(__file__).parent / "results" / "seeds.json"
 SYSTEMS = ("bm25", "miner", "before", "after")
-KEPT = ("corpus", "seeds", "queries", "candidates", "judgments", "audit", "rewrites", "samples")
+MADE_ANEW = {"train", "export", "evaluate", "logs"}
 
 
-def copy_data(source: Path, target: Path) -> None:
+def link_data(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-    for folder in (source / "embeddings").iterdir():
-        if not folder.name.startswith("trained-"):
-            shutil.copytree(folder, target / "embeddings" / folder.name, dirs_exist_ok=True)
+    for folder in source.iterdir():
+        if folder.is_dir() and folder.name not in MADE_ANEW and not (target / folder.name).exists():
+            link_tree(folder, target / folder.name)
 
 
 def scores(run_dir: Path) -> dict[str, object]:
@@ -47,7 +44,7 @@ def main() -> None:
     rows = [scores(Path(source))]
     for seed in seeds:
         target = Path(f"{source}-seed{seed}")
-        copy_data(Path(source), target)
+        link_data(Path(source), target)
         changes = ["--set", f"run_dir={target}", "--set", f"train.seed={seed}"]
         command = ["-m", "reasonembed.cli", "run", config, *changes, "--from", "train"]
         subprocess.run([sys.executable, *command], check=True)

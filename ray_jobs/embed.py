@@ -170,12 +170,14 @@ def dense_retrievers(job: Job) -> dict[str, Encoder]:
 
 
 def run(job: Job) -> dict[str, int]:
-    """Commits the vectors that mining needs."""
+    """Commits the vectors that mining needs, and the miner's of the evaluation with them."""
     documents = read_documents(job.run.artifact("corpus"))
     places, texts = document_places(documents), query_texts(job)
+    # In one go, because loading a model takes longer than embedding a few queries.
+    asked = first_of_each(pa.concat_tables([texts, evaluation_texts(job)]), "id")
     for name, encoder in dense_retrievers(job).items():
         embed(job, name, encoder, places, label="documents")
-        embed(job, name, encoder, texts, label="queries")
+        embed(job, name, encoder, asked if name == MINER else texts, label="queries")
     return {"document texts": places.num_rows, "query texts": texts.num_rows}
 
 
