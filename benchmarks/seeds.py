@@ -3,7 +3,7 @@
     python benchmarks/seeds.py configs/quickstart.yaml runs/quickstart 1 2
 
 Each seed shares the run's data (samples, vectors of miner and untrained backbone) and repeats
- train, export and evaluate. Prints a table and writes `benchmarks/results/seeds.json`.
+train, export and evaluate. Prints a table and writes `benchmarks/results/seeds.json`.
 """
 
 import json
