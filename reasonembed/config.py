@@ -292,6 +292,19 @@ class AnnotateConfig(LLMStageConfig):
         0, description="evaluation queries whose pairs are judged as well, to measure the annotator"
     )
 
+    @model_validator(mode="after")
+    def _samples_that_differ(self) -> AnnotateConfig:
+        _check_samples(self.samples, self.sampling)
+        return self
+
+
+def _check_samples(samples: int, sampling: SamplingConfig) -> None:
+    if samples > 1 and sampling.temperature == 0:
+        raise ValueError(
+            f"samples {samples} at temperature 0 are {samples} times the same answer; raise "
+            "sampling.temperature, or ask for one"
+        )
+
 
 class RewriteConfig(LLMStageConfig):
     """The reasoning-augmented query q′, from the query alone."""
@@ -418,6 +431,11 @@ class DistillConfig(LLMStageConfig):
     batch_tokens: Positive = Field(16_384, description="in a global step, padding included")
     max_tokens: Positive = Field(4_096, description="of a prompt and its trajectory")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _samples_that_differ(self) -> DistillConfig:
+        _check_samples(self.samples, self.sampling)
+        return self
 
 
 class ReportConfig(Strict):

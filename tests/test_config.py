@@ -76,6 +76,11 @@ def test_defaults_fill_in(file):
         ("corpus.source=", ["corpus.source: Input should be a valid string"]),
         ("runtime.serve.port=70000", ["runtime.serve.port: ", "(given: 70000)"]),
         # Rules across fields name both values.
+        (
+            "annotate={llm: {model: m}, samples: 3, sampling: {temperature: 0}}",
+            ["annotate: ", "samples 3 at temperature 0"],
+        ),
+        ("train.task_batches={x: {batch_queries: 8, group_size: 2}}", ["'x' is no task"]),
         ("plan.min_chars=6000", ["plan: ", "min_chars 6000 > max_chars 5000"]),
         ("plan.lengths=[{min_words: 9, max_words: 3}]", ["plan: ", "length bucket 9..3 is empty"]),
         ("plan.lengths=[]", ["plan: ", "at least one"]),
