@@ -23,7 +23,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/reasonembed run configs/quickstart.yaml
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ format: $(VENV)/.ready
 chaos: $(VENV)/.ready  ## kills drivers for half an hour
 	$(BIN)/python -m pytest -m chaos
 
-slow: $(VENV)/.ready  ## real models
+slow: $(VENV)/.ready  ## real models, growth and second rounds, distillation
 	$(BIN)/python -m pytest -m slow
 
 # The lock holds every package of the environment, so nothing is resolved at installation: the

@@ -6,17 +6,6 @@ from tests.ray.processes import reasonembed
 from tests.ray.tiny_run import write_config
 
 
-def pytest_collection_modifyitems(items):
-    """Of two processes, one takes what needs the tiny run and one the other clusters.
-
-    Most of these tests wait for Ray to start and stop; two at a time share a machine well.
-    """
-    for item in items:
-        if "tests/ray" in item.path.as_posix():
-            group = "tiny" if "tiny" in item.fixturenames else "clusters"
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A finished tiny run: folder with `tiny.yaml` and `run/`, and what the command printed."""

@@ -19,6 +19,9 @@ from tests.ray.tiny_run import write_config
 from tests.redapter.chat_student import save_student_checkpoint
 from tests.remixer.fakes import corpus_table
 
+pytestmark = pytest.mark.slow
+
+
 QUERIES_MADE, CANDIDATES_EACH = 12, 3
 
 

@@ -9,6 +9,8 @@ from reasonembed.run import Run
 from tests.ray.processes import reasonembed
 from tests.ray.tiny_run import write_config
 
+pytestmark = pytest.mark.slow
+
 
 def requests_noted(folder):
     return [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
