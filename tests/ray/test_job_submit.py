@@ -43,7 +43,7 @@ def head(tmp_path_factory):
     yield f"http://127.0.0.1:{dashboard}", surroundings
     node.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        node.wait(timeout=20)
+        node.wait(timeout=5)
     end_session(node.pid)
 
 
