@@ -16,8 +16,8 @@ from reasonembed.artifacts import append_json_line, digest, json_lines
 from reasonembed.config import TrainConfig, TrainRuntime
 from reasonembed.models import resolve
 from reasonembed.redapter.batches import BatchPlan, read_samples
-from reasonembed.redapter.loop import Metrics
 from reasonembed.redapter.loop import train as train_loop
+from reasonembed.redapter.stepping import Metrics
 from reasonembed.remixer.formats import finished_samples
 from reasonembed.run import Run
 

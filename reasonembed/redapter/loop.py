@@ -7,10 +7,10 @@ started the workers: placement, restarts and storage are the caller's.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,20 @@ from reasonembed.embedder.contract import TokenisationContract, resolve_contract
 from reasonembed.embedder.encode import load_backbone
 from reasonembed.embedder.pooling import forward
 from reasonembed.embedder.tokenisation import ContractTokenizer, Role, TokenIds
-from reasonembed.errors import DriftError, ModelError
 from reasonembed.redapter.batches import BatchPlan, Group, Sample, rank_slice
 from reasonembed.redapter.loss import LossOutput, false_negative_mask, ri_info_nce
 from reasonembed.redapter.step import LocalBatch, contrastive_step
+from reasonembed.redapter.stepping import (
+    Metrics,
+    Report,
+    read_checkpoint,
+    set_rate,
+    take_steps,
+    update,
+    with_adapter,
+    write_checkpoint,
+)
 from reasonembed.schemas import row_seed
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-Metrics = dict[str, float]
-Report = Callable[[Metrics, Path | None], None]
 
 
 @dataclass(frozen=True)
@@ -112,15 +116,16 @@ def train(
     state = _prepare(config, weights, use_gpu=runtime.use_gpu)
     identity = _identity(config, plan, state.contract)
     start = _resume(state, resume_from, identity=identity) if resume_from else 0
-    total, metrics = plan.total_steps, Metrics()
-    for step in range(start, total):
-        metrics = _one_step(
-            config, plan, state, step=step, runtime=runtime, rank=rank, world_size=world_size
-        )
-        done, checkpoint = step + 1, None
-        if rank == 0 and (done % runtime.checkpoint_every == 0 or done == total):
-            checkpoint = _save(state, output_dir, step=done, identity=identity)
-        report(metrics, checkpoint)
+    total = plan.total_steps
+    metrics = take_steps(
+        partial(_one_step, config, plan, state, runtime=runtime, rank=rank, world_size=world_size),
+        partial(_save, state, output_dir, identity=identity),
+        start=start,
+        total=total,
+        runtime=runtime,
+        rank=rank,
+        report=report,
+    )
     final = resume_from if start == total and resume_from else output_dir / f"checkpoint-{total}"
     return TrainResult(total, final, state.contract, metrics)
 
@@ -129,35 +134,22 @@ def _prepare(config: TrainConfig, weights: Path, *, use_gpu: bool) -> _State:
     contract = resolve_contract(weights, config.encoder)
     backbone = load_backbone(weights, dtype=contract.dtype, layers=contract.layers)
     torch.manual_seed(row_seed(config.seed, "adapter"))
-    model = _with_adapter(backbone.model, config).to("cuda" if use_gpu else "cpu").train()
+    model = with_adapter(
+        backbone.model, config.lora, task_type="FEATURE_EXTRACTION", name=config.encoder.model
+    )
+    model = model.to("cuda" if use_gpu else "cpu").train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     tokenizer = ContractTokenizer(backbone.tokenizer, contract)
     return _State(model, parameters, optimizer, tokenizer, contract)
 
 
-def _with_adapter(model: Any, config: TrainConfig) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    lora = LoraConfig(
-        task_type=TaskType.FEATURE_EXTRACTION,
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=list(LORA_TARGETS),
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise ModelError(f"{config.encoder.model} cannot be adapted: {error}") from error
-
-
 def _one_step(
     config: TrainConfig,
     plan: BatchPlan,
     state: _State,
-    *,
     step: int,
+    *,
     runtime: TrainRuntime,
     rank: int,
     world_size: int,
@@ -166,9 +158,7 @@ def _one_step(
     groups = plan.batch(step)
     local = _tokenise(rank_slice(groups, rank=rank, world_size=world_size), state.tokenizer)
     rate = learning_rate_at(step, total_steps=plan.total_steps, config=config)
-    for settings in state.optimizer.param_groups:
-        settings["lr"] = rate
-    state.optimizer.zero_grad(set_to_none=True)
+    set_rate(state.optimizer, rate)
     output = contrastive_step(
         lambda ids: forward(state.model, state.contract, ids),
         local,
@@ -177,18 +167,19 @@ def _one_step(
         chunk_texts=runtime.chunk_texts,
         seed=row_seed(config.seed, "dropout", step, rank),
     )
-    norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
-    if not bool(torch.isfinite(output.loss) & torch.isfinite(norm)):
-        raise ModelError(
-            f"step {step}: loss {float(output.loss)}, gradient norm {float(norm)}; lower "
-            "train.learning_rate or use train.encoder.dtype float32"
-        )
-    state.optimizer.step()
+    norm = update(
+        state.optimizer,
+        state.parameters,
+        output.loss,
+        max_grad_norm=config.max_grad_norm,
+        step=step,
+        cure="lower train.learning_rate or use train.encoder.dtype float32",
+    )
     seconds = time.perf_counter() - began
     return step_metrics(output, cap=config.intensity_cap) | {
         "step": float(step),
         "learning_rate": rate,
-        "grad_norm": float(norm),
+        "grad_norm": norm,
         "step_s": seconds,
         "tokens_per_s": local.num_tokens / seconds,
     }
@@ -292,32 +283,19 @@ def _identity(config: TrainConfig, plan: BatchPlan, contract: TokenisationContra
     return fingerprint(identity)
 
 
-def _save(state: _State, output_dir: Path, *, step: int, identity: str) -> Path:
-    target = output_dir / f"checkpoint-{step}"
-    scratch = output_dir / f".checkpoint-{step}"
+def _save(state: _State, output_dir: Path, step: int, *, identity: str) -> Path:
     # Embeddings are frozen; without the flag peft asks the hub whether they were resized.
-    state.model.save_pretrained(scratch, save_embedding_layers=False)
-    torch.save(
-        {"step": step, "identity": identity, "optimizer": state.optimizer.state_dict()},
-        scratch / "trainer.pt",
-    )
-    if target.exists():  # of a run that was resumed from an earlier step, or of another run
-        shutil.rmtree(target)
-    scratch.rename(target)
-    return target
+    save_weights = partial(state.model.save_pretrained, save_embedding_layers=False)
+    return write_checkpoint(output_dir, save_weights, state.optimizer, step=step, identity=identity)
 
 
 def _resume(state: _State, checkpoint: Path, *, identity: str) -> int:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    saved = torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
-    if saved["identity"] != identity:
-        raise DriftError(
-            f"{checkpoint} was trained with other settings or samples "
-            f"({saved['identity']}, now {identity}); train into a new folder"
-        )
-    adapter = load_file(checkpoint / "adapter_model.safetensors")
-    set_peft_model_state_dict(state.model, adapter)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    return int(saved["step"])
+    def load_weights(folder: Path) -> None:
+        set_peft_model_state_dict(state.model, load_file(folder / "adapter_model.safetensors"))
+
+    return read_checkpoint(
+        checkpoint, load_weights, state.optimizer, identity=identity, learnt_from="samples"
+    )

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,24 @@ from torch import Tensor
 
 from reasonembed.config import DistillConfig, TrainRuntime, fingerprint, flatten
 from reasonembed.embedder.contract import load_tokenizer
-from reasonembed.errors import ConfigError, DriftError, ModelError
+from reasonembed.errors import ConfigError, ModelError
 from reasonembed.models import quiet_transformers, weights_fingerprint
-from reasonembed.redapter.loop import LORA_TARGETS, Metrics, Report
 from reasonembed.redapter.step import sum_gradients
+from reasonembed.redapter.stepping import (
+    Metrics,
+    Report,
+    read_checkpoint,
+    set_rate,
+    take_steps,
+    update,
+    with_adapter,
+    write_checkpoint,
+)
 from reasonembed.schemas import row_seed, stable_hash
 
 _MAX_GRAD_NORM = 1.0
 _NO_TARGET = -100
-_LEARNT, _TRAINER = "learnt.safetensors", "trainer.pt"
+_LEARNT = "learnt.safetensors"
 _DECIDES = {"lora", "epochs", "learning_rate", "warmup_share", "batch_tokens", "dtype", "seed"}
 
 
@@ -301,15 +311,16 @@ def fine_tune(
     state = _prepare(config, weights, device="cuda" if runtime.use_gpu else "cpu")
     identity = _identity(config, plan, weights)
     start = _resume(state, resume_from, identity=identity) if resume_from else 0
-    total, metrics = plan.total_steps, Metrics()
-    for step in range(start, total):
-        metrics = _one_step(
-            config, plan, state, step=step, runtime=runtime, rank=rank, world_size=world_size
-        )
-        done, checkpoint = step + 1, None
-        if rank == 0 and (done % runtime.checkpoint_every == 0 or done == total):
-            checkpoint = _save(state, output_dir, step=done, identity=identity)
-        report(metrics, checkpoint)
+    total = plan.total_steps
+    metrics = take_steps(
+        partial(_one_step, config, plan, state, runtime=runtime, rank=rank, world_size=world_size),
+        partial(_save, state, output_dir, identity=identity),
+        start=start,
+        total=total,
+        runtime=runtime,
+        rank=rank,
+        report=report,
+    )
     final = resume_from if start == total and resume_from else output_dir / f"checkpoint-{total}"
     return SFTResult(total, final, metrics)
 
@@ -320,7 +331,9 @@ def _prepare(config: DistillConfig, weights: Path, *, device: str) -> _State:
     dtype = "float32" if config.lora is None else config.dtype
     model = _load(weights, dtype=dtype)
     torch.manual_seed(row_seed(config.seed, "student"))
-    model = _adapted(model, config).to(device).train()
+    if config.lora is not None:
+        model = with_adapter(model, config.lora, task_type="CAUSAL_LM", name=config.student)
+    model = model.to(device).train()
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(learnt.values(), lr=config.learning_rate, weight_decay=0.0)
     return _State(model, learnt, optimizer)
@@ -336,30 +349,12 @@ def _load(weights: Path, *, dtype: str) -> Any:
         raise ModelError(f"{weights} cannot be loaded: {error}") from error
 
 
-def _adapted(model: Any, config: DistillConfig) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    if config.lora is None:
-        return model
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=list(LORA_TARGETS),
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise ModelError(f"{config.student} cannot be adapted: {error}") from error
-
-
 def _one_step(
     config: DistillConfig,
     plan: StepPlan,
     state: _State,
-    *,
     step: int,
+    *,
     runtime: TrainRuntime,
     rank: int,
     world_size: int,
@@ -367,9 +362,7 @@ def _one_step(
     began = time.perf_counter()
     batch = plan.batch(step)
     rate = learning_rate_at(step, total_steps=plan.total_steps, config=config)
-    for settings in state.optimizer.param_groups:
-        settings["lr"] = rate
-    state.optimizer.zero_grad(set_to_none=True)
+    set_rate(state.optimizer, rate)
 
     def loss_of(examples: Sequence[Example]) -> Tensor:
         kind = state.parameters[0].device.type
@@ -385,19 +378,20 @@ def _one_step(
         rank=rank,
         world_size=world_size,
     )
-    norm = torch.nn.utils.clip_grad_norm_(state.parameters, _MAX_GRAD_NORM)
-    if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-        raise ModelError(
-            f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; lower "
-            "distill.learning_rate or use distill.dtype float32"
-        )
-    state.optimizer.step()
+    norm = update(
+        state.optimizer,
+        state.parameters,
+        loss,
+        max_grad_norm=_MAX_GRAD_NORM,
+        step=step,
+        cure="lower distill.learning_rate or use distill.dtype float32",
+    )
     seconds = time.perf_counter() - began
     return {
         "step": float(step),
         "loss": float(loss),
         "learning_rate": rate,
-        "grad_norm": float(norm),
+        "grad_norm": norm,
         "answer_tokens": float(sum(example.num_answer for example in batch)),
         "step_s": seconds,
         "tokens_per_s": sum(len(example.ids) for example in batch) / seconds,
@@ -413,33 +407,27 @@ def _identity(config: DistillConfig, plan: StepPlan, weights: Path) -> str:
     return fingerprint(identity)
 
 
-def _save(state: _State, output_dir: Path, *, step: int, identity: str) -> Path:
+def _save(state: _State, output_dir: Path, step: int, *, identity: str) -> Path:
     from safetensors.torch import save_file
 
-    target, scratch = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}"
-    scratch.mkdir(parents=True, exist_ok=True)
     learnt = {name: p.detach().cpu().contiguous() for name, p in state.learnt.items()}
-    save_file(learnt, scratch / _LEARNT)
-    torch.save(
-        {"step": step, "identity": identity, "optimizer": state.optimizer.state_dict()},
-        scratch / _TRAINER,
+    return write_checkpoint(
+        output_dir,
+        lambda folder: save_file(learnt, folder / _LEARNT),
+        state.optimizer,
+        step=step,
+        identity=identity,
     )
-    if target.exists():  # of a run that was resumed from an earlier step, or of another run
-        shutil.rmtree(target)
-    scratch.rename(target)
-    return target
 
 
 def _resume(state: _State, checkpoint: Path, *, identity: str) -> int:
-    saved = torch.load(checkpoint / _TRAINER, weights_only=True, map_location="cpu")
-    if saved["identity"] != identity:
-        raise DriftError(
-            f"{checkpoint} was trained with other settings or answers "
-            f"({saved['identity']}, now {identity}); train into a new folder"
-        )
-    _restore(state, checkpoint)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    return int(saved["step"])
+    return read_checkpoint(
+        checkpoint,
+        partial(_restore, state),
+        state.optimizer,
+        identity=identity,
+        learnt_from="answers",
+    )
 
 
 @torch.no_grad()

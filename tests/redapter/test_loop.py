@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 from reasonembed.config import TrainConfig, TrainRuntime
 from reasonembed.corpus import text_hash
 from reasonembed.errors import ConfigError, DriftError, ModelError
-from reasonembed.redapter import loop
 from reasonembed.redapter.batches import BatchPlan, samples_from_rows
 from reasonembed.redapter.loop import learning_rate_at, positive_mask, train
+from reasonembed.redapter.stepping import LORA_TARGETS
 from tests.embedder.tiny import encoder_config
 from tests.redapter.samples import sample_rows, samples
 
@@ -116,7 +116,7 @@ def test_training_lowers_the_loss_and_moves_only_the_adapter(checkpoint, tmp_pat
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     names = adapter(tmp_path / "checkpoint-25").keys()
     assert all("lora_" in name for name in names)
-    assert {name.split(".")[-3] for name in names} == set(loop.LORA_TARGETS)
+    assert {name.split(".")[-3] for name in names} == set(LORA_TARGETS)
 
 
 def test_masking_known_positives_changes_the_loss(checkpoint, tmp_path):

@@ -11,8 +11,8 @@ from reasonembed.config import TrainRuntime
 from reasonembed.embedder.contract import load_tokenizer
 from reasonembed.errors import ConfigError, DriftError, ModelError
 from reasonembed.redapter import sft
-from reasonembed.redapter.loop import LORA_TARGETS
 from reasonembed.redapter.sft import ChatTokenizer, Example, StepPlan, fine_tune, save_student
+from reasonembed.redapter.stepping import LORA_TARGETS
 from tests.redapter import chat_student
 from tests.redapter.chat_student import config, examples
 
