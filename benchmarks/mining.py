@@ -1,12 +1,12 @@
 """How fast is exact mining, against the limit and against what others use?
 
-    OMP_NUM_THREADS=2 python benchmarks/mining.py [--queries 2000] [--documents 100000]
+    OMP_NUM_THREADS=2 python benchmarks/mining.py [--queries 10000] [--documents 200000]
 
 On the same vectors, top k with each query's source shut out (the peers shut out nothing and search
 for one more):
 
 - own: `index.exact.search`
-- limit: the numpy matrix products of the same blocks, results thrown away
+- limit: the numpy matrix products of the same blocks on all cores, results thrown away
 - FAISS: `IndexFlatIP.search`, as a reference
 - hn_mine: the search of FlagEmbedding's `scripts/hn_mine.py` (batches of 64 queries against a flat
   FAISS index, then lists of floats and ids), written out here because the package wants other
@@ -201,11 +201,11 @@ def check_same(folder: Path, method: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--queries", type=int, default=2_000)
-    parser.add_argument("--documents", type=int, default=100_000)
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--documents", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=384)
     parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--method")
     parser.add_argument("--folder")

@@ -12,6 +12,7 @@ from reasonembed.artifacts import Artifact
 from reasonembed.config import AnnotateConfig
 from reasonembed.llm.protocol import Engine
 from reasonembed.remixer.annotate import Annotator, JudgedQuery, plan_pairs, query_blocks
+from reasonembed.remixer.mine import keeping_to_source
 from reasonembed.run import Run
 from reasonembed.schemas import Status
 
@@ -55,7 +56,9 @@ def run(job: Job) -> dict[str, Any]:
     """Commits `judgments`."""
     artifact = job.run.artifact("judgments")
     job.run.begin("annotate", artifact)
-    candidates = job.run.artifact("candidates").read()
+    candidates = keeping_to_source(
+        job.run.artifact("candidates").read(), max_source_rank=job.run.config.mine.max_source_rank
+    )
     pairs = plan_pairs(candidates, limit=job.run.config.annotate.candidates_per_query)
     queries = {
         row["query_id"]: JudgedQuery(row["query"], row["task"])

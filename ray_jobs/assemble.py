@@ -3,7 +3,13 @@
 from ray_jobs.job import Job, main
 from reasonembed.config import SampleSource
 from reasonembed.errors import QualityError
-from reasonembed.remixer.assemble import JUDGED_COLUMNS, Assembler, Inputs, SampleWriter
+from reasonembed.remixer.assemble import (
+    CANDIDATE_COLUMNS,
+    JUDGED_COLUMNS,
+    Assembler,
+    Inputs,
+    SampleWriter,
+)
 from reasonembed.remixer.formats import read_source
 
 
@@ -27,7 +33,7 @@ def _assemble(job: Job, writer: SampleWriter) -> dict[str, int]:
     assembler = Assembler(
         Inputs(
             queries=run.artifact("queries").read(),
-            candidates=run.artifact("candidates").read(columns=["query_id", "doc_ids"]),
+            candidates=run.artifact("candidates").read(columns=CANDIDATE_COLUMNS),
             judgments=run.artifact("judgments").read(columns=JUDGED_COLUMNS),
             rewrites=run.artifact("rewrites").read(),
             corpus=run.corpus_store(),
@@ -35,6 +41,7 @@ def _assemble(job: Job, writer: SampleWriter) -> dict[str, int]:
         config=run.config.assemble,
         tasks=run.config.task_table,
         max_query_similarity=run.config.generate.max_query_similarity,
+        max_source_rank=run.config.mine.max_source_rank,
     )
     if not writer.write(assembler.samples(), name="samples"):
         raise QualityError(

@@ -9,14 +9,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from ray_jobs.embed import Encoder, dense_retrievers, document_places, embed, query_texts
+from ray_jobs.embed import (
+    Encoder,
+    dense_retrievers,
+    document_places,
+    embed,
+    query_texts,
+    vectors,
+)
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import Mapper, run_planned
 from reasonembed.artifacts import Artifact
 from reasonembed.config import BM25Retriever, RunRetriever
 from reasonembed.index.bm25 import BM25Index
-from reasonembed.index.exact import NO_DOCUMENT, Positions, Scores
-from reasonembed.index.places import Wanted, by_row_group, locate
+from reasonembed.index.exact import NO_DOCUMENT, Positions, Scores, pair_scores
+from reasonembed.index.places import Wanted, by_row_group, locate, places_for, read_vectors
 from reasonembed.index.shards import (
     CommittedHits,
     ShardSearch,
@@ -28,6 +35,7 @@ from reasonembed.index.shards import (
 )
 from reasonembed.remixer.duplicates import usable_queries
 from reasonembed.remixer.mine import (
+    MINER,
     Churn,
     Documents,
     RunFile,
@@ -36,6 +44,7 @@ from reasonembed.remixer.mine import (
     candidates,
     changed_rows,
     churn,
+    keeping_to_source,
     plan_queries,
     read_documents,
     shut_out,
@@ -86,7 +95,10 @@ def run(job: Job) -> dict[str, Any]:
         rankers = _rankers(job, plan, notes)
         notes |= _commit(job, artifact, plan, rankers)
         artifact.finish(state)
-    done = artifact.read(columns=["doc_ids", "num_excluded"])
+    done = artifact.read(columns=["doc_ids", "num_excluded", "source_rank"])
+    if (bound := job.run.config.mine.max_source_rank) is not None:
+        kept = keeping_to_source(done, max_source_rank=bound)
+        notes["queries that stray from their source"] = done.num_rows - kept.num_rows
     return {
         "queries": done.num_rows,
         "candidates": pc.sum(pc.list_value_length(done.column("doc_ids"))).as_py() or 0,
@@ -180,7 +192,12 @@ def _dense(job: Job, name: str, encoder: Encoder, plan: Plan) -> Ranker:
         planned = pa.Table.from_pylist(pairs)
         hits = job.run.artifact("hits")
         run_planned(
-            job, planned, hits, _Search(artifact, tables, k), pool, label=f"search ({name})"
+            job,
+            planned,
+            hits,
+            _Search(artifact, tables, k, device="cuda" if pool.num_gpus else None),
+            pool,
+            label=f"search ({name})",
         )
     found = CommittedHits(job.run.artifact("hits"))
 
@@ -198,9 +215,12 @@ class _Search:
     vectors: Artifact
     tables: dict[str, Any]
     k: int
+    device: str | None
 
     def __call__(self) -> Mapper:
-        return ShardSearch(self.vectors, shard=self._get, block=self._get, k=self.k)
+        return ShardSearch(
+            self.vectors, shard=self._get, block=self._get, k=self.k, device=self.device
+        )
 
     def _get(self, key: str) -> pa.Table:
         return ray.get(self.tables[key])
@@ -234,6 +254,23 @@ class _BM25:
         return self._index.search(block.column("query").to_pylist(), k=k, excluded=shut)
 
 
+def _source_scores(job: Job, plan: Plan) -> Callable[[pa.Table], Scores]:
+    """What the miner gives the sources of a block's queries, float32 [Q]."""
+    artifact = vectors(job, dense_retrievers(job)[MINER])
+    located, texts = locate(artifact), plan.documents.table.column("text_id").combine_chunks()
+
+    def scores(block: pa.Table) -> Scores:
+        rows = plan.documents.positions(block.column("source_doc_id").to_pylist())
+        ids = (block.column("text_id").combine_chunks(), texts.take(pa.array(rows)))
+        queries_QD, sources_QD = (
+            read_vectors(artifact, places_for(one, located, name=artifact.name)) for one in ids
+        )
+        each = np.arange(block.num_rows)
+        return pair_scores(queries_QD, sources_QD, each, each)
+
+    return scores
+
+
 def _nothing(num_queries: int) -> tuple[Scores, Positions]:
     return np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
 
@@ -245,9 +282,16 @@ def _commit(job: Job, artifact: Artifact, plan: Plan, rankers: dict[str, Ranker]
     if not artifact.commits():  # a second round compares with the first one's
         name = "candidates-before"
         earlier = Artifact(job.run.dir / name, schema=artifact.schema, key=artifact.key, name=name)
+    source_scores = _source_scores(job, plan)
     for number, block in enumerate(plan.blocks):
         found = {name: rank(number, block) for name, rank in rankers.items()}
-        new = candidates(block, found, doc_ids=plan.documents.doc_ids, config=config)
+        new = candidates(
+            block,
+            found,
+            doc_ids=plan.documents.doc_ids,
+            source_scores_Q=source_scores(block),
+            config=config,
+        )
         only = pc.field("query_id").isin(block.column("query_id").combine_chunks())
         total += churn(new, earlier.read(only=only))
         changed = changed_rows(new, artifact.read(only=only))

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import pyarrow.compute as pc
+
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
 from reasonembed.config import RewriteConfig
 from reasonembed.llm.protocol import Engine
 from reasonembed.remixer.duplicates import usable_queries
+from reasonembed.remixer.mine import keeping_to_source
 from reasonembed.remixer.rewrite import Rewriter
 from reasonembed.tasks import Task
 
@@ -28,6 +31,10 @@ def run(job: Job) -> dict[str, int]:
     queries = job.run.artifact("queries").read(columns=["query_id", "query", "task", "status"])
     limit = job.run.config.generate.max_query_similarity
     planned, _ = usable_queries(queries, max_similarity=limit)
+    if (bound := job.run.config.mine.max_source_rank) is not None:
+        mined = job.run.artifact("candidates").read(columns=["query_id", "source_rank"])
+        kept = keeping_to_source(mined, max_source_rank=bound).column("query_id")
+        planned = planned.filter(pc.field("query_id").isin(kept.combine_chunks()))
     make = WithEngine(
         config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run.config.task_table)
     )

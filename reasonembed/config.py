@@ -248,9 +248,19 @@ class MineConfig(Strict):
     exclude_ids: str | None = Field(
         None, description="a text file of documents that are no candidates: one id a line"
     )
+    max_source_rank: Positive | None = Field(
+        None,
+        description="a query whose own source the miner ranks lower speaks of something else and "
+        "is used no further; at most `top_k`",
+    )
 
     @model_validator(mode="after")
     def _names(self) -> MineConfig:
+        if self.max_source_rank is not None and self.max_source_rank > self.top_k:
+            raise ValueError(
+                f"max_source_rank {self.max_source_rank} is more than top_k {self.top_k}, and "
+                "lower ranks are not known"
+            )
         if "miner" in self.also:
             raise ValueError("also: the name 'miner' is taken by mine.encoder")
         if self.fusion == "quota" and self.quotas.keys() != {"miner", *self.also}:

@@ -95,6 +95,8 @@ CANDIDATES = pa.schema(
         _required("scores", pa.list_(pa.float32())),  # of the fusion; of the only retriever
         _required("origins", pa.list_(_ORIGIN)),  # of each candidate
         _required("num_excluded", pa.int32()),  # documents shut out before the cut
+        # Of the source by the miner, among what may be found; null beyond the miner's top k.
+        pa.field("source_rank", pa.int32()),
     ]
 )
 HITS = pa.schema(

@@ -70,7 +70,7 @@ def _mined(run: Run, query_id: str) -> Iterator[str]:
         return
     yield (
         f"candidates {len(found['doc_ids'])}, {found['num_excluded']} shut out (the source, its "
-        "near-duplicates and listed documents)"
+        f"near-duplicates and listed documents); the source itself {_source_rank(found)}"
     )
     judgments = {row["doc_id"]: row for row in _rows(run, "judgments", "query_id", query_id)}
     ranked = zip(found["doc_ids"], found["origins"], strict=True)
@@ -79,6 +79,11 @@ def _mined(run: Run, query_id: str) -> Iterator[str]:
         yield f"  {rank:3d}      {doc_id} [{_origins(origins)}]: {said}"
     for doc_id in sorted(judgments.keys() - set(found["doc_ids"])):
         yield f"    -      {doc_id} [no candidate any more]: {_judged(judgments[doc_id])}"
+
+
+def _source_rank(row: Row) -> str:
+    rank = row["source_rank"]
+    return "stands below them for the miner" if rank is None else f"is the miner's number {rank}"
 
 
 def _origins(origins: Iterable[Mapping[str, Any]]) -> str:

@@ -12,12 +12,17 @@ exactly and no block size, shard or neighbour changes a result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import threadpoolctl
 
 Scores = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -25,24 +30,52 @@ Vectors = npt.NDArray[np.float32]
 
 NO_DOCUMENT = -1  # position that fills a row with fewer than k results; its score is -inf
 
-# Where larger blocks stop being faster on two cores; 512 x 8192 scores are 16 MiB.
-QUERY_BLOCK = 512
-DOCUMENT_BLOCK = 8_192
-_BLOCKS_AT_ONCE = 2  # one is filtered, on one core, while another's product takes all of them
+# Where larger blocks stop being faster; 1024 x 4096 scores are 16 MiB a core.
+QUERY_BLOCK = 1_024
+DOCUMENT_BLOCK = 4_096
+_MIN_QUERY_BLOCK = 64  # below, a product shared by all cores is faster than one a core
+_ALL_CORES = Lock()  # the limit of threads is the whole process's: two searches must not set it
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _RESCORE_NUMBERS = 2**17  # gathered at a time as float64: 1 MiB, so that they stay in the cache
 
 
 @dataclass(frozen=True)
-class _Candidates:
-    """Pairs that passed the filter, in no order: query row, document position, product."""
+class Pairs:
+    """Pairs of a query and a document, in no order.
+
+    Attributes:
+        rows: Of the queries.
+        positions: Of the documents.
+        products: Inner products as a matrix product rounds them.
+    """
 
     rows: Positions
     positions: Positions
     products: Scores
 
-    def where(self, keep: npt.NDArray[np.bool_]) -> _Candidates:
-        return _Candidates(self.rows[keep], self.positions[keep], self.products[keep])
+    def where(self, keep: npt.NDArray[np.bool_]) -> Pairs:
+        """Some of them."""
+        return Pairs(self.rows[keep], self.positions[keep], self.products[keep])
+
+
+class Filter(Protocol):
+    """Lets through every pair that may belong to the result, and few others.
+
+    That is every pair whose product is at most `margin_Q` below the k-th best of its query, the
+    excluded ones left out.
+    """
+
+    def __call__(
+        self,
+        queries_QD: Vectors,
+        documents_ND: Vectors,
+        *,
+        k: int,
+        margin_Q: Scores,
+        excluded: tuple[Positions, Positions],
+    ) -> Pairs:
+        """Filters; `excluded` are rows and positions of pairs, by position; k is at most N."""
+        ...
 
 
 def search(
@@ -53,6 +86,7 @@ def search(
     excluded: Sequence[Collection[int]] | None = None,
     query_block: int = QUERY_BLOCK,
     document_block: int = DOCUMENT_BLOCK,
+    accelerator: Filter | None = None,
 ) -> tuple[Scores, Positions]:
     """The k documents of largest inner product for every query.
 
@@ -67,6 +101,7 @@ def search(
         excluded: For each query the positions in 0..N-1 that it must not return; None for none.
         query_block: Queries a matrix product; no effect on the result.
         document_block: Documents a matrix product; no effect on the result.
+        accelerator: Filters instead of the CPU, see `index.accelerator`; no effect on the result.
 
     Returns:
         scores_QK float32 and positions_QK int64, K = min(k, N). A query with fewer than K documents
@@ -82,22 +117,36 @@ def search(
     if num_results == 0:
         return scores_QK, positions_QK
     margin_Q = _rounding_margin(queries_QD, documents_ND)
+    pairs = accelerator or partial(_filter, document_block=document_block)
 
     def one_block(start: int) -> None:
         block = slice(start, start + query_block)
-        candidates = _filter(
+        found = pairs(
             queries_QD[block],
             documents_ND,
-            num_results=num_results,
+            k=num_results,
             margin_Q=margin_Q[block],
-            excluded=None if excluded is None else excluded[block],
-            document_block=document_block,
+            excluded=_excluded_pairs(excluded[block] if excluded else [], len(documents_ND)),
         )
-        exact = _rescore(queries_QD[block], documents_ND, candidates)
-        _write_top(candidates, exact, scores_QK[block], positions_QK[block])
+        exact = pair_scores(queries_QD[block], documents_ND, found.rows, found.positions)
+        _write_top(found, exact, scores_QK[block], positions_QK[block])
 
-    with ThreadPoolExecutor(_BLOCKS_AT_ONCE) as pool:
-        list(pool.map(one_block, range(0, len(queries_QD), query_block)))
+    # A block has a core to itself: filtering runs on one, and would leave the others idle beside
+    # products that take all of them.
+    cores = _cores()
+    per_core = math.ceil(len(queries_QD) / cores)
+    if cores == 1 or per_core < _MIN_QUERY_BLOCK:
+        for start in range(0, len(queries_QD), query_block):
+            one_block(start)
+    else:
+        query_block = min(query_block, per_core)
+        starts = range(0, len(queries_QD), query_block)
+        with (
+            _ALL_CORES,
+            threadpoolctl.threadpool_limits(1, "blas"),
+            ThreadPoolExecutor(cores) as pool,
+        ):
+            list(pool.map(one_block, starts))
     return scores_QK, positions_QK
 
 
@@ -123,6 +172,18 @@ def merge_topk(shards: Sequence[tuple[Scores, Positions]], *, k: int) -> tuple[S
     ids = np.concatenate([ids for _, ids in shards], axis=1).astype(np.int64)
     order = np.lexsort((ids, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def _cores() -> int:
+    """Threads that a matrix product may take, as `OMP_NUM_THREADS` and the like say."""
+    return max(
+        (
+            one["num_threads"]
+            for one in threadpoolctl.threadpool_info()
+            if one["user_api"] == "blas"
+        ),
+        default=1,
+    )
 
 
 def _check(
@@ -174,23 +235,23 @@ def _filter(
     queries_QD: Vectors,
     documents_ND: Vectors,
     *,
-    num_results: int,
+    k: int,
     margin_Q: Scores,
-    excluded: Sequence[Collection[int]] | None,
+    excluded: tuple[Positions, Positions],
     document_block: int,
-) -> _Candidates:
+) -> Pairs:
     """Every pair that may belong to the result, and few others."""
-    best_QK = np.full((len(queries_QD), num_results), -np.inf, dtype=np.float32)
-    found: list[_Candidates] = []
+    best_QK = np.full((len(queries_QD), k), -np.inf, dtype=np.float32)
+    found: list[Pairs] = []
     for start, products_QB in _products(queries_QD, documents_ND, excluded, document_block):
-        is_first = start == 0 and products_QB.shape[1] > num_results
+        is_first = start == 0 and products_QB.shape[1] > k
         if is_first:  # nothing is known yet: a partition spares the block from passing whole
-            best_QK = np.partition(products_QB, -num_results, axis=1)[:, -num_results:]
+            best_QK = np.partition(products_QB, -k, axis=1)[:, -k:]
         new = _passing(products_QB, best_QK.min(axis=1) - margin_Q, start)
         if not is_first:
             best_QK = _raise_best(best_QK, new)
         found.append(new)
-    everything = _Candidates(
+    everything = Pairs(
         np.concatenate([part.rows for part in found]),
         np.concatenate([part.positions for part in found]),
         np.concatenate([part.products for part in found]),
@@ -202,11 +263,11 @@ def _filter(
 def _products(
     queries_QD: Vectors,
     documents_ND: Vectors,
-    excluded: Sequence[Collection[int]] | None,
+    excluded: tuple[Positions, Positions],
     document_block: int,
 ) -> Iterator[tuple[int, Scores]]:
     """Start of each block and its products (Q, B); excluded pairs are -inf."""
-    rows, positions = _excluded_pairs(excluded or [], num_documents=len(documents_ND))
+    rows, positions = excluded
     for start in range(0, len(documents_ND), document_block):
         products_QB = queries_QD @ documents_ND[start : start + document_block].T
         low, high = np.searchsorted(positions, [start, start + document_block])
@@ -215,7 +276,7 @@ def _products(
 
 
 def _excluded_pairs(
-    excluded: Sequence[Collection[int]], *, num_documents: int
+    excluded: Sequence[Collection[int]], num_documents: int
 ) -> tuple[Positions, Positions]:
     """Rows and positions of the excluded pairs, by position."""
     rows = np.repeat(np.arange(len(excluded)), [len(one) for one in excluded])
@@ -227,16 +288,16 @@ def _excluded_pairs(
     return rows[order], positions[order]
 
 
-def _passing(products_QB: Scores, floor_Q: Scores, start: int) -> _Candidates:
+def _passing(products_QB: Scores, floor_Q: Scores, start: int) -> Pairs:
     # -inf is excluded, and would pass a floor of -inf.
     floor_Q = np.maximum(floor_Q, np.finfo(np.float32).min)
     # Flat, because numpy finds the few True of a vector several times faster than of a matrix.
     flat = np.flatnonzero(products_QB >= floor_Q[:, None])
     rows, columns = np.divmod(flat, products_QB.shape[1])
-    return _Candidates(rows, columns + start, products_QB.ravel()[flat])
+    return Pairs(rows, columns + start, products_QB.ravel()[flat])
 
 
-def _raise_best(best_QK: Scores, new: _Candidates) -> Scores:
+def _raise_best(best_QK: Scores, new: Pairs) -> Scores:
     """The best products so far, with those of `new` (sorted by row) taken in."""
     if not len(new.rows):
         return best_QK
@@ -249,31 +310,37 @@ def _raise_best(best_QK: Scores, new: _Candidates) -> Scores:
     return np.partition(both, -num_results, axis=1)[:, -num_results:]
 
 
-def _rescore(queries_QD: Vectors, documents_ND: Vectors, candidates: _Candidates) -> Scores:
-    """Inner products of the candidates, summed in float64 and rounded to float32.
+def pair_scores(
+    queries_QD: Vectors, documents_ND: Vectors, rows: Positions, positions: Positions
+) -> Scores:
+    """Inner products of pairs, summed in float64 and rounded to float32: the scores of `search`.
 
     Products of float32 numbers are exact in float64; each sum runs over one row alone, so that it
     does not depend on which other pairs are scored with it, as it would in a matrix product.
+
+    Args:
+        queries_QD: float32.
+        documents_ND: float32.
+        rows: Query of each pair.
+        positions: Document of each pair.
     """
-    exact = np.empty(len(candidates.rows), dtype=np.float32)
+    exact = np.empty(len(rows), dtype=np.float32)
     step = max(1, _RESCORE_NUMBERS // max(1, queries_QD.shape[1]))
     for start in range(0, len(exact), step):
         part = slice(start, start + step)
-        left = queries_QD[candidates.rows[part]].astype(np.float64)
-        left *= documents_ND[candidates.positions[part]]
+        left = queries_QD[rows[part]].astype(np.float64)
+        left *= documents_ND[positions[part]]
         exact[part] = left.sum(axis=1)
     return exact
 
 
-def _write_top(
-    candidates: _Candidates, exact: Scores, scores_QK: Scores, positions_QK: Positions
-) -> None:
-    """Fills the rows of the result from the candidates, best first."""
-    order = np.lexsort((candidates.positions, -exact, candidates.rows))
-    rows = candidates.rows[order]
+def _write_top(found: Pairs, exact: Scores, scores_QK: Scores, positions_QK: Positions) -> None:
+    """Fills the rows of the result from the pairs, best first."""
+    order = np.lexsort((found.positions, -exact, found.rows))
+    rows = found.rows[order]
     counts_Q = np.bincount(rows, minlength=len(scores_QK))
     ranks = np.arange(len(rows)) - (np.cumsum(counts_Q) - counts_Q)[rows]
     kept = ranks < scores_QK.shape[1]
     target = (rows[kept], ranks[kept])
     scores_QK[target] = exact[order][kept]
-    positions_QK[target] = candidates.positions[order][kept]
+    positions_QK[target] = found.positions[order][kept]

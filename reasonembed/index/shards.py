@@ -18,7 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reasonembed.artifacts import Artifact
-from reasonembed.index.exact import NO_DOCUMENT, Positions, Scores, Vectors, merge_topk, search
+from reasonembed.index.exact import (
+    NO_DOCUMENT,
+    Filter,
+    Positions,
+    Scores,
+    Vectors,
+    merge_topk,
+    search,
+)
 from reasonembed.index.places import places_for, read_vectors
 from reasonembed.schemas import HITS, conform, stable_hash
 
@@ -150,6 +158,7 @@ class ShardSearch:
         shard: The rows of a shard, by key.
         block: The rows of a block, by key.
         k: Results a query.
+        device: Of the search, such as `cuda`; default the CPU's cores.
     """
 
     def __init__(
@@ -159,11 +168,13 @@ class ShardSearch:
         shard: Callable[[str], pa.Table],
         block: Callable[[str], pa.Table],
         k: int,
+        device: str | None = None,
     ) -> None:
         self._vectors, self._shard, self._block, self._k = vectors, shard, block, k
         self._key = ""
         self._doc_ids = pa.array([], pa.string())
         self._documents_ND: Vectors | None = None
+        self._accelerator = _accelerator(device) if device else None
 
     def __call__(self, planned: pa.Table) -> pa.Table:
         """Searches every planned pair."""
@@ -178,6 +189,7 @@ class ShardSearch:
             documents_ND,
             k=self._k,
             excluded=excluded_positions(rows.column("excluded"), self._doc_ids),
+            accelerator=self._accelerator,
         )
         return _as_row(
             shard, block, rows.column("query_id"), scores_QK, positions_QK, self._doc_ids
@@ -190,6 +202,12 @@ class ShardSearch:
             self._documents_ND = read_vectors(self._vectors, rows)
             self._doc_ids, self._key = rows.column("doc_id").combine_chunks(), shard
         return self._documents_ND
+
+
+def _accelerator(device: str) -> Filter:
+    from reasonembed.index.accelerator import TorchFilter  # torch, seconds to load
+
+    return TorchFilter(device)
 
 
 def excluded_positions(excluded: pa.ChunkedArray, doc_ids: pa.Array) -> list[list[int]]:

@@ -18,15 +18,19 @@ from reasonembed.config import AssembleConfig
 from reasonembed.corpus import CorpusStore
 from reasonembed.errors import ConfigError
 from reasonembed.remixer.duplicates import usable_queries
+from reasonembed.remixer.mine import keeping_to_source
 from reasonembed.schemas import SAMPLES, Status, from_rows, stable_hash
 from reasonembed.tasks import Task
 
 JUDGED_COLUMNS = ["query_id", "doc_id", "status", "relevance_label", "expected_label"]
 """What of `schemas.JUDGMENTS` is needed here; the analyses are long."""
+CANDIDATE_COLUMNS = ["query_id", "doc_ids", "source_rank"]
+"""What of `schemas.CANDIDATES` is needed here."""
 
 FATES = (
     "no usable query",
     "near-duplicate query",
+    "strays from its source",
     "no usable rewrite",
     "no positive",
     "no negative",
@@ -55,7 +59,7 @@ class Inputs:
 
     Attributes:
         queries: `schemas.QUERIES`.
-        candidates: `schemas.CANDIDATES`.
+        candidates: `CANDIDATE_COLUMNS` of `schemas.CANDIDATES`.
         judgments: `JUDGED_COLUMNS` of `schemas.JUDGMENTS`.
         rewrites: `schemas.REWRITES`.
         corpus: Texts and duplicate groups.
@@ -83,6 +87,7 @@ class Assembler:
         config: The rule.
         tasks: By name, for the query instructions.
         max_query_similarity: See `duplicates.usable_queries`.
+        max_source_rank: See `mine.keeping_to_source`.
 
     Attributes:
         funnel: Queries by fate (`FATES`); whole once `samples` is used up.
@@ -95,11 +100,15 @@ class Assembler:
         config: AssembleConfig,
         tasks: Mapping[str, Task],
         max_query_similarity: float,
+        max_source_rank: int | None,
     ) -> None:
         self.funnel = dict.fromkeys(FATES, 0)
         self._inputs, self._config, self._tasks = inputs, config, tasks
         usable, _ = usable_queries(inputs.queries, max_similarity=max_query_similarity)
         self._unique = set(usable.column("query_id").to_pylist())
+        kept = keeping_to_source(inputs.candidates, max_source_rank=max_source_rank)
+        mined = set(inputs.candidates.column("query_id").to_pylist())
+        self._strays = mined.difference(kept.column("query_id").to_pylist())
         self._candidates = _ByQuery(inputs.candidates.select(["query_id", "doc_ids"]))
         self._judgments = _ByQuery(inputs.judgments)
         self._rewrites = _ByQuery(inputs.rewrites.select(["query_id", "rewritten_query", "status"]))
@@ -136,6 +145,7 @@ class Assembler:
         answers = (
             query["status"] == Status.OK,
             query["query_id"] in self._unique,
+            query["query_id"] not in self._strays,
             is_rewritten,
             has_positive,
             has_negative,

@@ -359,6 +359,7 @@ def candidates(
     found: Mapping[str, tuple[Scores, Positions]],
     *,
     doc_ids: pa.Array,
+    source_scores_Q: Scores,
     config: MineConfig,
 ) -> pa.Table:
     """Rows of `schemas.CANDIDATES`: the only retriever's list, or the fusion of all.
@@ -368,8 +369,10 @@ def candidates(
         found: By retriever, scores and positions in `doc_ids`, [Q, K], in the order of `queries`;
             position -1 fills a row.
         doc_ids: Of all documents.
+        source_scores_Q: What the miner gives each query's source.
         config: `top_k`, `fusion`.
     """
+    source_ranks = _ranks(source_scores_Q, found[MINER][0])
     names = sorted(found, key=lambda name: (name != MINER, name))
     ids = np.asarray(doc_ids.to_numpy(zero_copy_only=False))
     columns = ["query_id", "source_doc_id", "task", "num_excluded"]
@@ -388,9 +391,29 @@ def candidates(
                 "doc_ids": [one.doc_id for one in fused],
                 "scores": [one.score for one in fused],
                 "origins": [[vars(origin) for origin in one.origins] for one in fused],
+                "source_rank": source_ranks[row],
             }
         )
     return from_rows(table, CANDIDATES, where="candidates")
+
+
+def _ranks(scores_Q: Scores, found_QK: Scores) -> list[int | None]:
+    """Rank of a score among those that were found, 1 is best; None if it is lower than all."""
+    better_Q = (found_QK > scores_Q[:, None]).sum(axis=1).tolist()
+    return [better + 1 if better < found_QK.shape[1] else None for better in better_Q]
+
+
+def keeping_to_source(mined: pa.Table, *, max_source_rank: int | None) -> pa.Table:
+    """Rows of `schemas.CANDIDATES` whose queries have not strayed from their source.
+
+    A query that a model wrote from a document and that does not find this document is about
+    something else. Asking for the round trip is how synthetic queries are filtered elsewhere
+    (Promptagator, arXiv:2209.11755); it shuts out what the writer got wrong, not what is hard,
+    where the bound is generous.
+    """
+    if max_source_rank is None:
+        return mined
+    return mined.filter(pc.field("source_rank") <= max_source_rank)
 
 
 def _ids(positions_K: Positions, ids: NDArray[Any]) -> list[str]:

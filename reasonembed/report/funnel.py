@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reasonembed.remixer.assemble import FATES, HELD_OUT
+from reasonembed.remixer.mine import keeping_to_source
 from reasonembed.report.charts import NOTHING, Html, meter, number, table, tag
 from reasonembed.report.facts import Facts, excerpt, finite
 from reasonembed.schemas import Status
@@ -107,8 +108,15 @@ def _candidates(facts: Facts) -> _Level | None:
     )
 
 
+def _mined(facts: Facts) -> pa.Table | None:
+    """Queries that were mined for and are used further."""
+    found = facts.rows("candidates", "doc_ids", "source_rank")
+    bound = facts.config.mine.max_source_rank
+    return None if found is None else keeping_to_source(found, max_source_rank=bound)
+
+
 def _judged(facts: Facts) -> _Level | None:
-    found = facts.rows("candidates", "doc_ids")
+    found = _mined(facts)
     lengths = pc.list_value_length(found.column("doc_ids")).to_pylist() if found else []
     limit = facts.config.annotate.candidates_per_query
     level = _answers(
@@ -124,7 +132,7 @@ def _judged(facts: Facts) -> _Level | None:
 
 
 def _rewrites(facts: Facts) -> _Level | None:
-    queries, mined = facts.rows("queries", "status"), facts.rows("candidates", "query_id")
+    queries, mined = facts.rows("queries", "status"), _mined(facts)
     usable = pc.sum(pc.equal(queries.column("status"), str(Status.OK))).as_py() if queries else 0
     # Near-duplicates among the usable queries are neither mined nor rewritten.
     planned = mined.num_rows if mined else usable or 0

@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from reasonembed.index.accelerator import TorchFilter
 from reasonembed.index.exact import merge_topk, search
 
 # Few values, so that equal scores and equal documents are the rule; sums are exact in float32.
@@ -70,6 +72,26 @@ def test_equals_the_reference_for_every_block_size(problem, k, query_block, docu
     )
     assert found[0].dtype == np.float32
     assert found[1].dtype == np.int64
+    assert_equal(found, reference(queries, documents, k=k, excluded=excluded))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    problem=problems(COARSE) | problems(FLOATS),
+    k=st.integers(1, 50),
+    query_block=st.integers(1, 6),
+    products=st.integers(1, 200),
+)
+def test_an_accelerator_changes_nothing(problem, k, query_block, products):
+    queries, documents, excluded = problem
+    found = search(
+        queries,
+        documents,
+        k=k,
+        excluded=excluded,
+        query_block=query_block,
+        accelerator=TorchFilter("cpu", products=products),
+    )
     assert_equal(found, reference(queries, documents, k=k, excluded=excluded))
 
 
@@ -165,3 +187,17 @@ def test_merge_needs_shards_that_fit():
         merge_topk([], k=3)
     with pytest.raises(ValueError, match="differ in queries"):
         merge_topk([one, two], k=3)
+
+
+def test_many_queries_are_spread_over_the_cores():
+    """As many blocks as cores, each with a product of its own: the same as one after the other."""
+    rng = np.random.default_rng(3)
+    queries, documents = (rng.standard_normal((n, 16), dtype=np.float32) for n in (300, 2_000))
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        found = search(queries, documents, k=7)
+        accelerated = search(queries, documents, k=7, accelerator=TorchFilter("cpu"))
+        assert {one["num_threads"] for one in threadpoolctl.threadpool_info()} >= {2}
+    with threadpoolctl.threadpool_limits(1, "blas"):
+        alone = search(queries, documents, k=7, query_block=300)
+    assert_equal(found, alone)
+    assert_equal(accelerated, alone)

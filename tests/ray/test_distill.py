@@ -53,7 +53,7 @@ def write_mined_run(folder, *, runtime, **distill):
             "query_id": row["query_id"], "source_doc_id": row["source_doc_id"], "task": "generic",
             "doc_ids": [f"d{20 + (i + k) % 20:03d}" for k in range(CANDIDATES_EACH)],
             "scores": [1.0] * CANDIDATES_EACH, "origins": [[]] * CANDIDATES_EACH,
-            "num_excluded": 1,
+            "num_excluded": 1, "source_rank": 1,
         }
         for i, row in enumerate(queries)
     ]  # fmt: skip

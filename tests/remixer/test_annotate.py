@@ -238,6 +238,7 @@ def test_plan_pairs_keeps_the_best_of_each_query_side_by_side():
             "doc_ids": doc_ids,
             "scores": [0.0] * len(doc_ids),
             "num_excluded": 1,
+            "source_rank": 1,
         }
         for query_id, doc_ids in (("q1", ["a", "b", "c"]), ("q2", ["c"]), ("q3", []))
     ]

@@ -72,14 +72,26 @@ def table(rows, schema):
     return made.sort_by([(name, "ascending") for name in made.column_names if name[-3:] == "_id"])
 
 
-def assembler(queries, judgments, rewrites, config=THRESHOLD, *, candidates=None):
+def assembler(
+    queries,
+    judgments,
+    rewrites,
+    config=THRESHOLD,
+    *,
+    candidates=None,
+    max_source_rank=None,
+    source_ranks=None,
+):
     """Where no candidates are given, a query's are all documents in the order of their ids."""
     ranked = {one["query_id"]: list(DOCS) for one in queries} | (candidates or {})
-    found = [row(CANDIDATES, query_id=q, doc_ids=doc_ids) for q, doc_ids in ranked.items()]
+    found = [
+        row(CANDIDATES, query_id=q, doc_ids=doc_ids, source_rank=(source_ranks or {}).get(q))
+        for q, doc_ids in ranked.items()
+    ]
     return Assembler(
         Inputs(
             queries=table(queries, QUERIES),
-            candidates=table(found, CANDIDATES),
+            candidates=table(found, CANDIDATES).select(module.CANDIDATE_COLUMNS),
             judgments=table(judgments, JUDGMENTS).select(module.JUDGED_COLUMNS),
             rewrites=table(rewrites, REWRITES),
             corpus=corpus_store(DOCS),
@@ -87,6 +99,7 @@ def assembler(queries, judgments, rewrites, config=THRESHOLD, *, candidates=None
         config=config,
         tasks=tasks.TASKS,
         max_query_similarity=0.8,
+        max_source_rank=max_source_rank,
     )
 
 
@@ -202,21 +215,23 @@ def test_each_query_has_one_fate():
         query("unjudged"),
         query("fine"),
         query("same-again", text="text of fine"),
+        query("strays"),
     ]
-    judged = ("failed", "no-rewrite", "bad-rewrite", "all-good", "fine", "same-again")
+    ranks = {one["query_id"]: 4 for one in queries} | {"strays": 5}
+    judged = ("failed", "no-rewrite", "bad-rewrite", "all-good", "fine", "same-again", "strays")
     judgments = [
         *[judgment(q, "d1", 5) for q in judged],
         *[judgment(q, "d2", 1) for q in [*judged, "all-bad"] if q != "all-good"],
         judgment("not-a-query", "d1", 5),
     ]
-    rewrites = [
-        rewrite(q) for q in ("failed", "all-bad", "all-good", "unjudged", "fine", "same-again")
-    ]
+    rewritten = ("failed", "all-bad", "all-good", "unjudged", "fine", "same-again", "strays")
+    rewrites = [rewrite(q) for q in rewritten]
     rewrites.append(rewrite("bad-rewrite", "error"))
-    funnel, samples = assemble(queries, judgments, rewrites)
+    funnel, samples = assemble(queries, judgments, rewrites, max_source_rank=4, source_ranks=ranks)
     assert funnel == {
         "no usable query": 1,
         "near-duplicate query": 1,
+        "strays from its source": 1,
         "no usable rewrite": 2,
         "no positive": 2,
         "no negative": 1,

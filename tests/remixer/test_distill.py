@@ -35,6 +35,7 @@ def candidates(num_queries, *, depth=12, task="generic", prefix="q"):
             "scores": [1.0] * depth,
             "origins": [[]] * depth,
             "num_excluded": 0,
+            "source_rank": 1,
         }
         for i in range(num_queries)
     ]

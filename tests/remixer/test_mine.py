@@ -20,6 +20,7 @@ from reasonembed.remixer.mine import (
     candidates,
     changed_rows,
     churn,
+    keeping_to_source,
     plan_queries,
     read_documents,
     shut_out,
@@ -77,11 +78,23 @@ def mine(folder, store, asked, vectors, *, k, exclude=(), cuts=(4, 2, 3)):
     positions_QK = np.where(found_QK >= 0, np.append(rows, -1)[found_QK], -1)
     config = MineConfig(encoder=EncoderConfig(model="m"), top_k=k)
     found = {"miner": (scores_QK, positions_QK)}
-    return candidates(planned, found, doc_ids=documents.doc_ids, config=config)
+    texts = documents.table["text_id"].to_pylist()
+    sources_Q = [texts[row] for row in documents.positions(planned["source_doc_id"].to_pylist())]
+    pairs = zip(planned["text_id"].to_pylist(), sources_Q, strict=True)
+    return candidates(
+        planned,
+        found,
+        doc_ids=documents.doc_ids,
+        source_scores_Q=np.array([vectors(a) @ vectors(b) for a, b in pairs], np.float32),
+        config=config,
+    )
 
 
 def by_hand(texts, source, vectors, query_vector, *, k, exclude):
-    """One document at a time; what is shut out is decided before anything is ranked."""
+    """One document at a time; what is shut out is decided before anything is ranked.
+
+    The documents, how many are shut out, and the rank of the source were it not.
+    """
 
     def words(text):
         return " ".join(text.split())
@@ -100,7 +113,10 @@ def by_hand(texts, source, vectors, query_vector, *, k, exclude):
         for doc_id in first.values()
         if doc_id not in barred
     )
-    return [doc_id for _, doc_id in scored[:k]], len(barred)
+    stands = texts[first[words(texts[source])]]  # for the source, where white space differs
+    own = float(vectors(text_id(stands, instruction=None)) @ query_vector)
+    rank = 1 + sum(-score > own for score, _ in scored)
+    return [doc_id for _, doc_id in scored[:k]], len(barred), rank
 
 
 @st.composite
@@ -134,8 +150,11 @@ def test_source_and_all_that_repeats_it_are_shut_out_before_the_cut(planting, k,
     for number, (row, source) in enumerate(zip(found.to_pylist(), sources, strict=True)):
         instruction = TASKS["generic"].instruction
         query_vector = vectors(text_id(f"why {number}", instruction=instruction))
-        wanted, num_excluded = by_hand(texts, source, vectors, query_vector, k=k, exclude=exclude)
+        wanted, num_excluded, rank = by_hand(
+            texts, source, vectors, query_vector, k=k, exclude=exclude
+        )
         assert row["doc_ids"] == wanted
+        assert row["source_rank"] == (rank if rank <= k else None)
         assert row["num_excluded"] == num_excluded
         ranks = [origin for origins in row["origins"] for origin in origins]
         assert ranks == [{"retriever": "miner", "rank": i + 1} for i in range(len(wanted))]
@@ -160,6 +179,7 @@ def test_candidates_are_the_nearest_that_may_be_returned(tmp_path):
             "scores": [5.0, 1.0],
             "origins": [[{"retriever": "miner", "rank": 1}], [{"retriever": "miner", "rank": 2}]],
             "num_excluded": 2,
+            "source_rank": 1,
         }
     ]
 
@@ -306,7 +326,11 @@ def two_lists(fusion, **settings_):
         "miner": (scores, np.array([[1, 2, 0]])),
     }
     (row,) = candidates(
-        asked, found, doc_ids=pa.array(["a", "b", "c", "d"]), config=config
+        asked,
+        found,
+        doc_ids=pa.array(["a", "b", "c", "d"]),
+        source_scores_Q=np.array([2.5], np.float32),
+        config=config,
     ).to_pylist()
     return row
 
@@ -314,6 +338,7 @@ def two_lists(fusion, **settings_):
 def test_several_retrievers_are_fused_and_every_origin_is_kept():
     row = two_lists("rrf")
     assert row["doc_ids"] == ["c", "b", "d"]
+    assert row["source_rank"] == 2  # by the miner, whatever the fusion gives
     assert row["scores"] == pytest.approx([1 / 62 + 1 / 61, 1 / 61, 1 / 62])
     assert row["origins"] == [
         [{"retriever": "miner", "rank": 2}, {"retriever": "bm25", "rank": 1}],
@@ -321,6 +346,14 @@ def test_several_retrievers_are_fused_and_every_origin_is_kept():
         [{"retriever": "bm25", "rank": 2}],
     ]
     assert two_lists("quota", quotas={"miner": 2, "bm25": 1})["doc_ids"] == ["b", "c", "a"]
+
+
+def test_queries_that_stray_are_those_whose_source_is_far_or_not_found():
+    table = mined(near=[], far=[], unknown=[])
+    ranks = pa.array([2, 3, None], pa.int32())
+    table = table.set_column(table.schema.get_field_index("source_rank"), "source_rank", ranks)
+    assert keeping_to_source(table, max_source_rank=2)["query_id"].to_pylist() == ["near"]
+    assert keeping_to_source(table, max_source_rank=None).equals(table)
 
 
 def mined(**lists):
@@ -333,6 +366,7 @@ def mined(**lists):
             "scores": [1.0] * len(ids),
             "origins": [[] for _ in ids],
             "num_excluded": 1,
+            "source_rank": 1,
         }
         for query_id, ids in lists.items()
     ]

@@ -102,6 +102,7 @@ CANDIDATE_TABLE = from_rows(
             "scores": [0.0] * DOCUMENTS,
             "origins": [[{"retriever": "miner", "rank": k + 1}] for k in range(DOCUMENTS)],
             "num_excluded": 0,
+            "source_rank": 1,
         }
         for i, query_id in enumerate(ASKED)
     ],

@@ -104,6 +104,7 @@ def test_without_vectors_the_candidates_tell_the_positives_rank():
             [{"retriever": "bm25", "rank": 2}, {"retriever": "miner", "rank": 7}],
         ],
         "num_excluded": 2,
+        "source_rank": 1,
     }
     mined = from_rows([row], CANDIDATES, where="test")
     missing = lookup({"query": [1.0, 0.0]})  # the documents' are gone

@@ -143,6 +143,7 @@ class Builder:
                 "scores": [0.5] * (NUM_DOCS - 1),
                 "origins": [[{"retriever": "miner", "rank": 1 + i}] for i in range(NUM_DOCS - 1)],
                 "num_excluded": 1,
+                "source_rank": 1,
             }
             for row in self.usable()
         ]
@@ -208,6 +209,7 @@ class Builder:
             config=self.run.config.assemble,
             tasks=self.run.config.task_table,
             max_query_similarity=1.0,
+            max_source_rank=None,
         )
         artifact = self.run.artifact("samples")
         inputs = {f"input.{kind}": self.run.artifact(kind).stage().fingerprint for kind in made}
