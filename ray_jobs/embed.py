@@ -14,7 +14,7 @@ from reasonembed.config import DenseRetriever, EncoderConfig, EndpointRetriever,
 from reasonembed.embedder.contract import resolve_contract
 from reasonembed.embedder.encode import Embedder
 from reasonembed.embedder.endpoint import EndpointEmbedder
-from reasonembed.embedder.vectors import EmbedDocuments, EmbedTexts
+from reasonembed.embedder.vectors import EmbedPlanned
 from reasonembed.errors import ConfigError
 from reasonembed.index.places import first_of_each, locate, places_for, read_vectors
 from reasonembed.models import resolve
@@ -40,13 +40,10 @@ class _Open:
     address: str | None
     runtime: RuntimeConfig
     schema: pa.Schema
-    corpus: Artifact | None
+    corpus: Artifact
 
     def __call__(self) -> Mapper:
-        embedder = self._embedder()
-        if self.corpus is None:
-            return EmbedTexts(embedder, self.schema)
-        return EmbedDocuments(embedder, self.schema, corpus=self.corpus)
+        return EmbedPlanned(self._embedder(), self.schema, corpus=self.corpus)
 
     def _embedder(self) -> Embedder | EndpointEmbedder:
         if isinstance(self.encoder, EndpointRetriever):
@@ -76,15 +73,17 @@ def vectors(job: Job, encoder: Encoder) -> Artifact:
     return artifact
 
 
-def embed(job: Job, name: str, encoder: Encoder, planned: pa.Table, *, label: str) -> Artifact:
-    """Commits the vectors that are missing.
+def embed(
+    job: Job, name: str, encoder: Encoder, documents: Documents, queries: pa.Table
+) -> Artifact:
+    """Commits the vectors that are missing, all by one pool: loading a model takes long.
 
     Args:
         job: Surroundings.
         name: Of the encoder: a retriever's, or a system's of the evaluation.
         encoder: What embeds.
-        planned: Rows of `TEXTS`, or documents as `document_places` gives them.
-        label: What is embedded, for the progress line.
+        documents: Of the corpus.
+        queries: Rows of `TEXTS`.
 
     Raises:
         ConfigError: The encoder is an endpoint without an address.
@@ -99,9 +98,10 @@ def embed(job: Job, name: str, encoder: Encoder, planned: pa.Table, *, label: st
                 f"set runtime.endpoints.{name} to its address up to /v1"
             )
     artifact = vectors(job, encoder)
-    corpus = None if "text" in planned.column_names else job.run.artifact("corpus")
-    make = _Open(encoder, address, runtime, artifact.schema, corpus)
-    run_planned(job, planned, artifact, make, runtime.embed, label=f"embed {label} ({name})")
+    places = document_places(documents)
+    planned = pa.concat_tables([places, queries], promote_options="default")
+    make = _Open(encoder, address, runtime, artifact.schema, job.run.artifact("corpus"))
+    run_planned(job, planned, artifact, make, runtime.embed, label=f"embed ({name})")
     return artifact
 
 
@@ -149,8 +149,7 @@ def evaluated_vectors(
 ) -> tuple[list[str], NDArray, list[str], NDArray]:
     """The evaluation's queries and the distinct documents: ids and vectors of both."""
     queries = job.run.collection.queries
-    embed(job, name, encoder, document_places(documents), label="documents")
-    artifact = embed(job, name, encoder, evaluation_texts(job), label="evaluation queries")
+    artifact = embed(job, name, encoder, documents, evaluation_texts(job))
     query_ids = sorted(queries)
     ids = [text_id(queries[one], instruction=job.run.instruction) for one in query_ids]
     text_ids = documents.table.column("text_id").to_pylist()
@@ -172,13 +171,11 @@ def dense_retrievers(job: Job) -> dict[str, Encoder]:
 def run(job: Job) -> dict[str, int]:
     """Commits the vectors that mining needs, and the miner's of the evaluation with them."""
     documents = read_documents(job.run.artifact("corpus"))
-    places, texts = document_places(documents), query_texts(job)
-    # In one go, because loading a model takes longer than embedding a few queries.
+    texts = query_texts(job)
     asked = first_of_each(pa.concat_tables([texts, evaluation_texts(job)]), "id")
     for name, encoder in dense_retrievers(job).items():
-        embed(job, name, encoder, places, label="documents")
-        embed(job, name, encoder, asked if name == MINER else texts, label="queries")
-    return {"document texts": places.num_rows, "query texts": texts.num_rows}
+        embed(job, name, encoder, documents, asked if name == MINER else texts)
+    return {"document texts": documents.table.num_rows, "query texts": texts.num_rows}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import ray
 from ray_jobs.embed import (
     Encoder,
     dense_retrievers,
-    document_places,
     embed,
     query_texts,
     vectors,
@@ -171,9 +170,8 @@ def _rankers(job: Job, plan: Plan, notes: dict[str, Any]) -> dict[str, Ranker]:
 def _dense(job: Job, name: str, encoder: Encoder, plan: Plan) -> Ranker:
     """Searches every shard for every block; what is committed already is not searched again."""
     k, pool = job.run.config.mine.top_k, job.run.config.runtime.mine
-    embed(job, name, encoder, document_places(plan.documents), label="documents")
     # Through `embed`, which adds what is missing where the stage was begun in the middle.
-    artifact = embed(job, name, encoder, query_texts(job), label="queries")
+    artifact = embed(job, name, encoder, plan.documents, query_texts(job))
     located = locate(artifact)
     shards = plan_shards(
         plan.searched, located, name=artifact.name, max_documents=pool.shard_documents

@@ -82,8 +82,8 @@ _ADOPTED = {
     kind: kind for kind in ("corpus", "domains", "seeds", "queries", "judgments", "rewrites")
 } | {"candidates": "candidates-before"}  # to tell how much a second round's differ
 _MAKES_SAMPLES = STAGES[STAGES.index("filter") : STAGES.index("assemble")]
-# Gates and extras that change no row, and a limit that the plan reads.
-_NOT_RESULT = ("max_failed_share", "audit_queries", "min_probability")
+# Gates and extras that change no row, and limits that later stages read.
+_NOT_RESULT = ("max_failed_share", "audit_queries", "min_probability", "max_source_rank")
 
 
 @dataclass(frozen=True)
@@ -489,7 +489,8 @@ def _assemble(run: Run) -> dict[str, Any]:
         own = {f"instruction.{name}": one.instruction for name, one in run.config.tasks.items()}
         return run._settings("assemble") | digests | own
     inputs = run._inputs("queries", "candidates", "judgments", "rewrites", content=True)
-    return run._settings("assemble") | inputs
+    bound = {"mine.max_source_rank": run.config.mine.max_source_rank}
+    return run._settings("assemble") | bound | inputs
 
 
 def _samples_digest(source: SampleSource) -> str:
@@ -503,7 +504,9 @@ def _samples_digest(source: SampleSource) -> str:
 
 def _train(run: Run) -> dict[str, Any]:
     encoder = run.encoder_identity(run.config.train.encoder)
-    return run._settings("train") | encoder | run._inputs("samples", content=True)
+    # What samples were made of stands in their identity, so they need not be read for this.
+    counts = {"input.samples.counts": stable_hash(run.artifact("samples").finished())}
+    return run._settings("train") | encoder | run._inputs("samples") | counts
 
 
 def _export(run: Run) -> dict[str, Any]:

@@ -30,7 +30,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
 import numpy as np
 import pyarrow as pa
 from reasonembed.artifacts import Artifact
-from reasonembed.embedder.vectors import EmbedDocuments, EmbedTexts
+from reasonembed.embedder.vectors import EmbedPlanned
 from reasonembed.index.places import by_row_group, locate
 from reasonembed.index.shards import (
     CommittedHits, ShardSearch, block_keys, block_rows, group_queries, plan_shards,
@@ -74,13 +74,13 @@ def embed():
     places = documents.table.rename_columns({"text_id": "id"}).sort_by([
         (name, "ascending") for name in ("part", "group", "chars", "id")
     ])
-    embedder = EmbedDocuments(Stub(), vectors.schema, corpus=corpus)
-    for start in range(0, places.num_rows, 256):
-        vectors.commit(f"a-{start:06d}", embedder(places.slice(start, 256)))
     planned = plan(documents)
     texts = pa.table({"id": planned["text_id"], "text": planned["query"],
                       "instruction": [""] * QUERIES})
-    vectors.commit("b-0", EmbedTexts(Stub(), vectors.schema)(texts))
+    embedder = EmbedPlanned(Stub(), vectors.schema, corpus=corpus)
+    everything = pa.concat_tables([places, texts], promote_options="default")
+    for start in range(0, everything.num_rows, 256):
+        vectors.commit(f"a-{start:06d}", embedder(everything.slice(start, 256)))
 
 
 def near_duplicates():

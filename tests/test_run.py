@@ -155,6 +155,8 @@ def test_every_setting_that_decides_a_result_changes_its_identity(path):
         assert differ == set()  # a longer audit adds rows, it changes none
     elif path == ("filter", "min_probability"):
         assert differ == {"plan"}  # the probabilities stay
+    elif path == ("mine", "max_source_rank"):
+        assert differ == {"assemble"}  # so do the ranks
     elif path[:2] == ("evaluate", "instruction"):
         assert {"export", "audit"} <= differ  # it travels with the model and chooses pairs
     else:

@@ -28,36 +28,16 @@ class TextEmbedder(Protocol):
         """Vectors of documents, float32 [N, D]."""
 
 
-class EmbedTexts:
-    """Maps queries (`id`, `text`, `instruction`) to their vectors.
+class EmbedPlanned:
+    """Maps planned texts to their vectors.
+
+    A row is a query (`id`, `text`, `instruction`) or, where `text` is null, a document of the corpus
+    (`id` and its place: `part`, `group`, `row`).
 
     Args:
         embedder: What embeds.
         schema: Of the vectors artifact.
-    """
-
-    def __init__(self, embedder: TextEmbedder, schema: pa.Schema) -> None:
-        self._embedder, self._schema = embedder, schema
-
-    def __call__(self, texts: pa.Table) -> pa.Table:
-        """One row a text; see `vector_rows` for what is refused."""
-        found = []
-        for instruction in texts.column("instruction").unique().to_pylist():
-            part = texts.filter(pc.equal(texts.column("instruction"), instruction))
-            vectors_ND = self._embedder.encode_queries(
-                part.column("text").to_pylist(), instruction=instruction
-            )
-            found.append(vector_rows(part.column("id"), vectors_ND, self._schema))
-        return pa.concat_tables(found)
-
-
-class EmbedDocuments:
-    """Maps places of documents (`id`, `part`, `group`, `row`) to their vectors.
-
-    Args:
-        embedder: What embeds.
-        schema: Of the vectors artifact.
-        corpus: Holds the texts; those of one row group are in memory at a time.
+        corpus: Holds the documents; those of one row group are in memory at a time.
     """
 
     def __init__(self, embedder: TextEmbedder, schema: pa.Schema, *, corpus: Artifact) -> None:
@@ -67,14 +47,29 @@ class EmbedDocuments:
             lambda part, group: corpus.row_group(part, group, columns=["text"]).column("text")
         )
 
-    def __call__(self, places: pa.Table) -> pa.Table:
-        """One row a document; see `vector_rows` for what is refused."""
+    def __call__(self, planned: pa.Table) -> pa.Table:
+        """One row a text; see `vector_rows` for what is refused."""
+        is_document = pc.is_null(planned.column("text"))
+        queries = planned.filter(pc.invert(is_document))
+        found = [self._documents(planned.filter(is_document))]
+        for instruction in queries.column("instruction").unique().to_pylist():
+            asked = queries.filter(pc.equal(queries.column("instruction"), instruction))
+            vectors_ND = self._embedder.encode_queries(
+                asked.column("text").to_pylist(), instruction=instruction
+            )
+            found.append(vector_rows(asked.column("id"), vectors_ND, self._schema))
+        return pa.concat_tables(found)
+
+    def _documents(self, places: pa.Table) -> pa.Table:
+        if not places.num_rows:
+            return self._schema.empty_table()
         rows = zip(
             *(places.column(name).to_pylist() for name in ("part", "group", "row")), strict=True
         )
         texts = [self._texts(part, group)[row].as_py() for part, group, row in rows]
-        vectors_ND = self._embedder.encode_documents(texts)
-        return vector_rows(places.column("id"), vectors_ND, self._schema)
+        return vector_rows(
+            places.column("id"), self._embedder.encode_documents(texts), self._schema
+        )
 
 
 def vector_rows(ids: pa.ChunkedArray, vectors_ND: _Vectors, schema: pa.Schema) -> pa.Table:

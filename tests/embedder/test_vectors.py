@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from reasonembed.artifacts import Artifact
-from reasonembed.embedder.vectors import EmbedDocuments, EmbedTexts, vector_rows
+from reasonembed.embedder.vectors import EmbedPlanned, vector_rows
 from reasonembed.errors import ModelError
 from reasonembed.index.places import by_row_group
 from reasonembed.remixer.mine import read_documents, texts_at
@@ -25,25 +25,36 @@ class Lengths:
         return np.array([[len(text), -1] for text in texts], np.float32)
 
 
-def test_each_query_is_embedded_under_its_own_instruction():
-    texts = pa.table(
-        {"id": ["a", "b", "c"], "text": ["x", "xx", "xxx"], "instruction": ["i", "", "i"]}
+def queries(**texts):
+    """By id, text and instruction."""
+    columns = zip(*texts.values(), strict=True)
+    return pa.table(
+        dict(zip(("id", "text", "instruction"), [list(texts), *map(list, columns)], strict=True))
     )
-    rows = EmbedTexts(Lengths(), SCHEMA)(texts).to_pylist()
+
+
+def test_each_query_is_embedded_under_its_own_instruction(tmp_path):
+    asked = queries(a=("x", "i"), b=("xx", ""), c=("xxx", "i"))
+    corpus = Artifact.declared(tmp_path, "corpus")
+    rows = EmbedPlanned(Lengths(), SCHEMA, corpus=corpus)(asked).to_pylist()
     assert {row["id"]: row["vector"] for row in rows} == {"a": [1, 1], "b": [2, 0], "c": [3, 1]}
 
 
-def test_documents_are_read_where_they_lie(tmp_path):
+def test_documents_are_read_where_they_lie_and_queries_come_with_them(tmp_path):
     corpus = Artifact.declared(tmp_path, "corpus")
     texts = {f"d{i}": "x" * (i + 1) for i in range(6)}
     corpus.commit("one", corpus_table({one: texts[one] for one in list(texts)[:4]}))
     corpus.commit("two", corpus_table({one: texts[one] for one in list(texts)[4:]}))
     documents = read_documents(corpus)
     places = documents.table.rename_columns({"text_id": "id"}).take([5, 0, 3, 4])
-    found = EmbedDocuments(Lengths(), SCHEMA, corpus=corpus)(places)
+    asked = queries(q=("why", "i"))
+    planned = pa.concat_tables(
+        [places.select(["id", "part", "group", "row"]), asked], promote_options="default"
+    )
+    found = EmbedPlanned(Lengths(), SCHEMA, corpus=corpus)(planned)
     assert found.schema == SCHEMA
-    assert found["id"].to_pylist() == places["id"].to_pylist()
-    assert [vector[0] for vector in found["vector"].to_pylist()] == [6, 1, 4, 5]
+    assert found["id"].to_pylist() == [*places["id"].to_pylist(), "q"]
+    assert [vector[0] for vector in found["vector"].to_pylist()] == [6, 1, 4, 5, 3]
     assert len(list(by_row_group(places))) == 2
     assert texts_at(corpus, places) == ["x" * 6, "x", "xxxx", "xxxxx"]
 
