@@ -31,8 +31,8 @@ class TextEmbedder(Protocol):
 class EmbedPlanned:
     """Maps planned texts to their vectors.
 
-    A row is a query (`id`, `text`, `instruction`) or, where `text` is null, a document of the corpus
-    (`id` and its place: `part`, `group`, `row`).
+    A row is a query (`id`, `text`, `instruction`) or, where `text` is null, a document of the
+    corpus (`id` and its place: `part`, `group`, `row`).
 
     Args:
         embedder: What embeds.
