@@ -20,6 +20,8 @@ from reasonembed.schemas import stable_hash
 CONTRACT_FILE = "contract.json"
 MIN_TOKENS = 8
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
+# Families of RoBERTa's descent: positions begin after the padding id.
+_AFTER_PADDING = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 
 class Pooling(StrEnum):
@@ -103,10 +105,11 @@ def load_tokenizer(path: Path) -> Any:
 def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
     """Fills in every `auto` from the checkpoint.
 
-    Pooling: what sentence-transformers' `1_Pooling` says, else mean for encoders of the BERT kind
-    and last for decoders. End token (last pooling only): the one that the tokenizer appends, else
-    the first of `<|endoftext|>` (Qwen3-Embedding's choice), `<|end_of_text|>` that the vocabulary
-    holds, else the tokenizer's end-of-sequence token.
+    Pooling: what sentence-transformers' `1_Pooling` says, else mean for encoders that were trained
+    on masked words, and last for decoders. End token (last pooling only): the one that the
+    tokenizer appends, else the first of `<|endoftext|>` (Qwen3, as released by the paper),
+    `<|end_of_text|>` (Llama 3, whose tokenizer adds a beginning alone) that the vocabulary holds,
+    else the tokenizer's end-of-sequence token.
 
     Args:
         path: Checkpoint folder.
@@ -114,14 +117,15 @@ def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
 
     Raises:
         ConfigError: The template lacks `{query}`, a length limit is too small or larger than the
-            model's positions, or the token to append is not one token of the vocabulary.
+            model's positions, the token to append is not one token of the vocabulary, or the
+            folder is an export that was trained with other pooling, template or end token.
         ModelError: The folder is not a checkpoint.
     """
     model_config = _read_json(path / "config.json")
     _check_template(config)
-    _check_lengths(config, limit=model_config.get("max_position_embeddings"))
+    _check_lengths(config, limit=_positions(model_config))
     pooling = _resolve_pooling(path, config, model_config)
-    return TokenisationContract(
+    contract = TokenisationContract(
         model=config.model,
         weights=weights_fingerprint(path),
         query_template=config.query_template,
@@ -133,6 +137,25 @@ def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
         dimension=int(model_config["hidden_size"]),
         layers=_resolve_layers(config, available=model_config.get("num_hidden_layers")),
     )
+    _check_trained(path, contract)
+    return contract
+
+
+def _check_trained(path: Path, contract: TokenisationContract) -> None:
+    """An export says what its weights were trained under; under anything else they mean little."""
+    if not (path / CONTRACT_FILE).is_file():
+        return
+    trained = TokenisationContract.from_json(_read_json(path / CONTRACT_FILE))
+    differ = [
+        f"{name} {getattr(contract, name)!r} (trained with {getattr(trained, name)!r})"
+        for name in ("pooling", "query_template", "append_token_id", "normalise")
+        if getattr(contract, name) != getattr(trained, name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"encoder: {path} was trained under another contract: {'; '.join(differ)}; use what "
+            "it was trained with, or other weights"
+        )
 
 
 def _resolve_layers(config: EncoderConfig, *, available: int | None) -> int | None:
@@ -142,6 +165,26 @@ def _resolve_layers(config: EncoderConfig, *, available: int | None) -> int | No
         )
     # An export holds the layers that are used and no others: asking it for that many is no cut.
     return None if config.layers == available else config.layers
+
+
+def first_position(model_type: str | None, *, padding_id: int | None) -> int:
+    """Position id of a text's first token.
+
+    Args:
+        model_type: Of the transformers configuration.
+        padding_id: Its `pad_token_id`.
+    """
+    if model_type == "mpnet":
+        return 2  # whatever its padding id
+    return (padding_id or 0) + 1 if model_type in _AFTER_PADDING else 0
+
+
+def _positions(model_config: dict[str, Any]) -> int | None:
+    available = model_config.get("max_position_embeddings")
+    first = first_position(
+        model_config.get("model_type"), padding_id=model_config.get("pad_token_id", 1)
+    )
+    return None if available is None else int(available) - first
 
 
 def _read_json(file: Path) -> Any:
@@ -174,8 +217,13 @@ def _resolve_pooling(path: Path, config: EncoderConfig, model_config: dict[str, 
         return _declared_pooling(declared)
     # Decoders are causal: only their last position has seen the whole text.
     is_decoder = any("CausalLM" in name for name in model_config.get("architectures") or ())
-    is_bert_like = "type_vocab_size" in model_config
-    return Pooling.MEAN if is_bert_like and not is_decoder else Pooling.LAST
+    return Pooling.LAST if is_decoder or not _fills_gaps(model_config) else Pooling.MEAN
+
+
+def _fills_gaps(model_config: dict[str, Any]) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model_config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _declared_pooling(file: Path) -> Pooling:
@@ -208,7 +256,7 @@ def _resolve_end_token(path: Path, config: EncoderConfig, pooling: Pooling) -> i
 
 def _auto_end_token(tokenizer: Any) -> int:
     last = tokenizer("a")["input_ids"][-1]
-    if last in tokenizer.all_special_ids:
+    if last in set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}:
         return int(last)
     vocabulary = tokenizer.get_vocab()
     for token in (*_END_TOKENS, tokenizer.eos_token):

@@ -20,6 +20,7 @@ from reasonembed.embedder.contract import (
     resolve_contract,
 )
 from reasonembed.embedder.golden import verify_golden
+from reasonembed.embedder.packing import Packing, use_packing
 from reasonembed.embedder.pooling import forward
 from reasonembed.embedder.tokenisation import ContractTokenizer, Role, TokenIds
 from reasonembed.errors import ModelError
@@ -44,7 +45,7 @@ class EncodeStats:
         texts: Texts asked for, duplicates included.
         computed: Token sequences that went through the model.
         tokens: Tokens of those, padding not counted.
-        padded_tokens: The same with padding.
+        padded_tokens: The same with padding; equal where batches are packed.
     """
 
     texts: int = 0
@@ -80,7 +81,9 @@ def load_backbone(path: Path, *, dtype: str, layers: int | None = None) -> Backb
     return Backbone(model.eval(), load_tokenizer(path))
 
 
-def budget_batches(lengths: Sequence[int], *, batch_tokens: int) -> Iterator[list[int]]:
+def budget_batches(
+    lengths: Sequence[int], *, batch_tokens: int, packed: bool = False
+) -> Iterator[list[int]]:
     """Cuts indices into batches of similar length, longest first.
 
     Longest first, so that a batch that does not fit into memory fails at once. A text longer than
@@ -88,15 +91,21 @@ def budget_batches(lengths: Sequence[int], *, batch_tokens: int) -> Iterator[lis
 
     Args:
         lengths: Tokens of each text.
-        batch_tokens: Largest padded size (texts x longest text) of a batch.
+        batch_tokens: Largest size of a batch: its tokens where it is packed, else its texts x the
+            longest text.
+        packed: Whether batches are packed.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batch: list[int] = []
+    size = 0
     for index in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+        # A padded text takes as many places as the longest one, which stands first.
+        places = lengths[index] if packed or not batch else lengths[batch[0]]
+        if batch and size + places > batch_tokens:
             yield batch
-            batch = []
+            batch, size, places = [], 0, lengths[index]
         batch.append(index)
+        size += places
     if batch:
         yield batch
 
@@ -108,8 +117,9 @@ class Embedder:
         source: A checkpoint folder, or what `load_backbone` gave.
         contract: How texts become vectors.
         device: Of the model; default CUDA where there is one, else CPU.
-        batch_tokens: Padded tokens a forward pass.
+        batch_tokens: Tokens a forward pass, padding included.
         threads: Threads of the maths library in this process; default as it is.
+        packing: Whether forward passes are free of padding; see `packing.use_packing`.
     """
 
     def __init__(
@@ -120,6 +130,7 @@ class Embedder:
         device: str | None = None,
         batch_tokens: int = 8_192,
         threads: int | None = None,
+        packing: Packing = "auto",
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -131,6 +142,7 @@ class Embedder:
         self._model = loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._tokenizer = ContractTokenizer(loaded.tokenizer, contract)
         self._batch_tokens = batch_tokens
+        self._packed = use_packing(self._model, packing)
 
     @classmethod
     def load(
@@ -198,16 +210,18 @@ class Embedder:
         unique = list(dict.fromkeys(sequences))
         lengths = [len(ids) for ids in unique]
         vectors = np.empty((len(unique), self.contract.dimension), dtype=np.float32)
-        padded = 0
-        for batch in budget_batches(lengths, batch_tokens=self._batch_tokens):
-            found = forward(self._model, self.contract, [unique[i] for i in batch])
-            vectors[batch] = found.cpu().numpy()
-            padded += len(batch) * lengths[batch[0]]
+        places = 0
+        for batch in budget_batches(lengths, batch_tokens=self._batch_tokens, packed=self._packed):
+            texts = [unique[i] for i in batch]
+            vectors[batch] = (
+                forward(self._model, self.contract, texts, packed=self._packed).cpu().numpy()
+            )
+            places += sum(map(len, texts)) if self._packed else len(texts) * len(texts[0])
         self.stats = EncodeStats(
             texts=self.stats.texts + len(sequences),
             computed=self.stats.computed + len(unique),
             tokens=self.stats.tokens + sum(lengths),
-            padded_tokens=self.stats.padded_tokens + padded,
+            padded_tokens=self.stats.padded_tokens + places,
         )
         where = {ids: row for row, ids in enumerate(unique)}
         return vectors[[where[ids] for ids in sequences]]

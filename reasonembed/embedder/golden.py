@@ -20,7 +20,8 @@ from reasonembed.errors import ModelError
 
 GOLDEN_FILE = "golden.json"
 # Another machine or batch changes the last bits: about 1e-7 in float32, 2e-3 in 16 bits.
-_MIN_COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.995}
+MIN_COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.995}
+"""Of a vector and what it should be, by the type of the weights."""
 
 
 class _Encoder(Protocol):
@@ -72,7 +73,7 @@ def verify_golden(encoder: _Encoder, directory: Path) -> None:
     file = directory / GOLDEN_FILE
     if not file.is_file():
         raise ModelError(f"{directory} holds no {GOLDEN_FILE}; export the model again")
-    least = _MIN_COSINE[encoder.contract.dtype]
+    least = MIN_COSINE[encoder.contract.dtype]
     for row in json.loads(file.read_text(encoding="utf-8")):
         role, text = Role(row["role"]), row["text"]
         ids = encoder.tokenise([text], role=role, instruction=row["instruction"])

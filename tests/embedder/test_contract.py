@@ -2,10 +2,14 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from reasonembed.embedder import Pooling, TokenisationContract, resolve_contract
+from reasonembed.embedder import Pooling, Role, TokenisationContract, resolve_contract
+from reasonembed.embedder.contract import load_tokenizer
+from reasonembed.embedder.tokenisation import ContractTokenizer
 from reasonembed.errors import ConfigError, ModelError
-from tests.embedder.tiny import encoder_config, save_checkpoint
+from tests.embedder.tiny import WORDS, encoder_config, save_checkpoint, save_tokenizer
 
 
 def test_auto_for_a_decoder_is_last_token_and_endoftext(checkpoint):
@@ -58,12 +62,80 @@ def _declare(checkpoint, tmp_path, settings):
     return folder
 
 
-def test_bert_like_weights_are_pooled_by_mean(checkpoint, tmp_path):
-    folder = tmp_path / "bert"
+@pytest.mark.parametrize(
+    ("kind", "architecture", "pooling"),
+    [
+        ("bert", "BertModel", Pooling.MEAN),
+        ("mpnet", "MPNetForMaskedLM", Pooling.MEAN),
+        ("xlm-roberta", "XLMRobertaModel", Pooling.MEAN),
+        ("modernbert", "ModernBertModel", Pooling.MEAN),
+        ("bert", "BertLMHeadModelForCausalLM", Pooling.LAST),
+        ("qwen3", "Qwen3Model", Pooling.LAST),
+        ("llama", "LlamaForCausalLM", Pooling.LAST),
+    ],
+)
+def test_auto_pooling_is_mean_for_encoders_and_last_for_decoders(
+    checkpoint, tmp_path, kind, architecture, pooling
+):
+    folder = _copy(checkpoint, tmp_path, model_type=kind, architectures=[architecture])
+    contract = resolve_contract(folder, encoder_config(folder))
+    assert contract.pooling is pooling
+    assert (contract.append_token_id is None) == (pooling is Pooling.MEAN)
+
+
+@pytest.mark.parametrize(("kind", "padding", "limit"), [("roberta", 1, 510), ("mpnet", 0, 510)])
+def test_positions_before_the_first_are_not_counted(checkpoint, tmp_path, kind, padding, limit):
+    """Of 514 positions RoBERTa's own checkpoints use 512."""
+    folder = _copy(checkpoint, tmp_path, model_type=kind, pad_token_id=padding)
+    config = encoder_config(folder, max_document_tokens=limit)
+    assert resolve_contract(folder, config).max_document_tokens == limit
+    with pytest.raises(ConfigError, match=f"{limit} positions"):
+        resolve_contract(folder, encoder_config(folder, max_document_tokens=limit + 1))
+
+
+def _copy(checkpoint, tmp_path, **changes):
+    folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
-    config = {"architectures": ["BertModel"], "type_vocab_size": 2, "hidden_size": 32}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert resolve_contract(folder, encoder_config(folder)).pooling is Pooling.MEAN
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama-3", "smollm2", "mistral", "gpt2-like"])
+def test_auto_end_token_of_each_family(tmp_path, kind):
+    special, begins, ends, expected = {
+        # Qwen3 ends turns by another token than the one that the paper's weights are read at.
+        "qwen3": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", 0),
+        # Llama 3 adds a beginning and no end; chat models end turns by <|eot_id|>.
+        "llama-3": (
+            ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+            "<|begin_of_text|>",
+            "<|eot_id|>",
+            1,
+        ),
+        "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", 0),
+        "mistral": (["<unk>", "<s>", "</s>"], "<s>", "</s>", 2),
+        "gpt2-like": (["<eos>"], None, "<eos>", 0),
+    }[kind]
+    folder = save_checkpoint(tmp_path)
+    save_tokenizer(folder, special=special, begins=begins, ends=ends, with_bos=begins is not None)
+    contract = resolve_contract(folder, encoder_config(folder))
+    assert contract.append_token_id == expected
+    tokenizer = ContractTokenizer(load_tokenizer(folder), contract)
+    for text in ("a", "", WORDS * 9):
+        (ids,) = tokenizer.tokenise([text], role=Role.DOCUMENT)
+        assert ids[-1] == expected and ids.count(expected) == 1 and len(ids) <= 48
+        assert begins is None or ids[0] == special.index(begins)
+    assert len(ids) == 48
+
+
+def test_an_unknown_word_is_not_taken_for_an_end_token(tmp_path):
+    folder = save_checkpoint(tmp_path)
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    assert resolve_contract(folder, encoder_config(folder)).append_token_id == 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonembed.embedder import Embedder
+from reasonembed.embedder import Embedder, resolve_contract
 from reasonembed.embedder.encode import budget_batches, load_backbone
 from reasonembed.errors import ModelError
 from tests.embedder.tiny import WORDS, encoder_config
@@ -30,6 +30,17 @@ def test_batches_keep_the_budget_and_hold_each_text_once(lengths, budget):
         assert len(batch) == 1 or longest * len(batch) <= budget
 
 
+@given(lengths=st.lists(st.integers(1, 90), max_size=40), budget=st.integers(1, 200))
+def test_packed_batches_count_real_tokens_and_are_as_full_as_can_be(lengths, budget):
+    batches = list(budget_batches(lengths, batch_tokens=budget, packed=True))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
+    for batch, size in zip(batches, sizes, strict=True):
+        assert len(batch) == 1 or size <= budget
+    for (one, after), size in zip(itertools.pairwise(batches), sizes, strict=False):
+        assert size + lengths[after[0]] > budget, one
+
+
 def test_alone_or_in_a_batch_a_text_has_one_vector(embedder):
     together = embedder.encode_documents(TEXTS)
     alone = np.concatenate([embedder.encode_documents([text]) for text in TEXTS])
@@ -38,6 +49,19 @@ def test_alone_or_in_a_batch_a_text_has_one_vector(embedder):
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=ATOL)
     others = (together @ together.T)[~np.eye(len(TEXTS), dtype=bool)]
     assert others.max() < 0.999  # different texts are told apart, so the test above can fail
+
+
+def test_packing_changes_no_vector_and_wastes_no_token(checkpoint):
+    found = {}
+    for packing in ("on", "off"):
+        config = encoder_config(checkpoint)
+        encoder = Embedder(
+            checkpoint, resolve_contract(checkpoint, config), batch_tokens=64, packing=packing
+        )
+        found[packing] = encoder.encode_documents(TEXTS)
+        is_packed = encoder.stats.padded_tokens == encoder.stats.tokens
+        assert is_packed == (packing == "on")
+    np.testing.assert_allclose(found["on"], found["off"], atol=ATOL)
 
 
 def test_order_is_restored_under_permutation(embedder):

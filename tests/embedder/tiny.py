@@ -15,27 +15,35 @@ WORDS = (
 SPECIAL = ["<|endoftext|>", "<|im_end|>", "<s>"]
 
 
-def save_tokenizer(folder: Path, *, with_bos: bool = False, appends: bool = False) -> None:
+def save_tokenizer(
+    folder: Path,
+    *,
+    with_bos: bool = False,
+    appends: bool = False,
+    special: list[str] = SPECIAL,
+    begins: str | None = "<s>",
+    ends: str = "<|im_end|>",
+) -> None:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=SPECIAL,
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator([WORDS] * 4, trainer)
     if with_bos or appends:
-        form = f"{'<s> ' if with_bos else ''}$A{' <|im_end|>' if appends else ''}"
-        ids = [(token, backend.token_to_id(token)) for token in SPECIAL]
+        form = f"{f'{begins} ' if with_bos else ''}$A{f' {ends}' if appends else ''}"
+        ids = [(token, backend.token_to_id(token)) for token in special]
         backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=ids)
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="<|im_end|>",
+        bos_token=begins,
+        eos_token=ends,
         # As in Qwen3: padding and end token are one id, so masks made of ids would go wrong.
-        pad_token="<|endoftext|>",
+        pad_token=special[0],
     ).save_pretrained(folder)
 
 
