@@ -39,6 +39,7 @@ FATES = (
 """What can become of a query, in the order in which it is asked."""
 
 TRAIN, HELD_OUT = "train", "held_out"
+_HIGHEST = 5
 
 _PART_ROWS, _PART_CHARS = 2_000, 2**28  # of a committed part; far below Arrow's 2 GiB a column
 
@@ -81,6 +82,9 @@ class Assembler:
 
     Only judgments of a query's present candidates count, so that samples follow from the
     candidates, whatever was judged in earlier rounds of mining.
+
+    `positives_from: source` is a control and no method: the same queries with the same negatives,
+    but the document that each was written from as its one positive.
 
     Args:
         inputs: What the samples are made of.
@@ -135,7 +139,7 @@ class Assembler:
             "instruction": self._tasks[query["task"]].instruction,
             "query": query["query"],
             "rewritten_query": rewrites[0]["rewritten_query"],
-            "positives": self._labelled(positives),
+            "positives": self._positives(positives, source),
             "negatives": self._labelled(negatives),
             "source_doc_id": source,
             "split": split_of(self._inputs.corpus.group(source), self._config.held_out_share),
@@ -165,6 +169,15 @@ class Assembler:
             if row["status"] == Status.OK and row["doc_id"] in rank
         ]
         return sorted(rows, key=lambda row: rank[row["doc_id"]])
+
+    def _positives(self, annotated: list[Row], source: str) -> list[Row]:
+        if self._config.positives_from == "annotated":
+            return self._labelled(annotated)
+        # The control: the very queries and negatives of the method, so that nothing else differs.
+        # Nobody judged the source; the query was written from it, hence the highest label.
+        return self._labelled(
+            [{"doc_id": source, "relevance_label": _HIGHEST, "expected_label": None}]
+        )
 
     def _labelled(self, rows: list[Row]) -> list[Row]:
         corpus = self._inputs.corpus

@@ -12,6 +12,8 @@ Reads and writes `samples`. Forms:
 - `sentence-transformers`: a Parquet file with the columns `anchor`, `positive`, `negative_1`, ...;
   written only.
 - `run`: another run's committed samples; read only.
+- `msmarco-triples`, `msmarco-text-triples`, `msmarco-hard-negatives`: MS MARCO's published files;
+  read only, see `msmarco`.
 
 Both JSONL forms may hold what other programs read over: `pos_scores` and `neg_scores` (the labels),
 `pos_ids` and `neg_ids`, `query_id`, `task`, `source_doc_id`, `split`. Texts without ids get hashes
@@ -20,11 +22,9 @@ of their text. All is read line by line and written part by part.
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import shutil
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -41,6 +41,8 @@ from reasonembed.config import SampleSource
 from reasonembed.corpus import text_hash
 from reasonembed.errors import ConfigError, SchemaError
 from reasonembed.remixer.assemble import HELD_OUT, TRAIN, Placed, Row, split_of
+from reasonembed.remixer.lines import Tally, numbered_lines
+from reasonembed.remixer.msmarco import read_msmarco
 from reasonembed.schemas import SAMPLES, conform, stable_hash
 from reasonembed.tasks import Task
 
@@ -55,7 +57,12 @@ _BATCH_ROWS = 500
 
 
 def read_source(
-    source: SampleSource, *, tasks: Mapping[str, Task], held_out_share: float
+    source: SampleSource,
+    *,
+    tasks: Mapping[str, Task],
+    held_out_share: float,
+    tally: Tally | None = None,
+    scratch: Path | None = None,
 ) -> Iterator[Placed]:
     """Rows of `schemas.SAMPLES` from samples that were made elsewhere, one at a time.
 
@@ -64,27 +71,59 @@ def read_source(
         tasks: By name; the task's instruction is taken where a row has no `prompt`.
         held_out_share: For rows that do not say to which split they belong. Where no source
             document is known, the query's own text decides (see `assemble.split_of`).
+        tally: Receives counts while the rows are read.
+        scratch: Folder for a scratch file of MS MARCO's passages; default the system's.
 
     Raises:
         ConfigError: There is nothing at the path, the run's samples are not complete, or neither
             the rows, nor `task`, nor the file's name tell the task.
-        SchemaError: A row has not the form; the message names file and line or row.
+        SchemaError: More rows than `max_bad_share` have not the form; the message names file and
+            line or row of the first.
     """
+    counted = tally or Tally(source.max_bad_share)
     if source.form == "run":
         artifact = finished_samples(Path(source.path))
         yield from _checked(artifact.parts(), source.path)
     elif source.form == "parquet":
         for file in _files(source, ".parquet"):
             yield from _checked(_parquet_tables(file), str(file))
+    elif source.form.startswith("msmarco"):
+        yield from read_msmarco(
+            source,
+            task=_task(source.task or "msmarco", tasks, where=source.path),
+            held_out_share=held_out_share,
+            tally=counted,
+            scratch=scratch,
+        )
     else:
-        repeats: Counter[str] = Counter()
-        for file in _files(source, ".jsonl", ".jsonl.gz"):
-            form = _LineForm(source, file, tasks, held_out_share, repeats)
-            for place, line in _lines(file):
-                try:
-                    yield Placed(place, form.row(line))
-                except SchemaError as error:
-                    raise SchemaError(f"{place}: {error}") from error
+        yield from _from_lines(source, tasks, held_out_share, counted)
+
+
+def _from_lines(
+    source: SampleSource, tasks: Mapping[str, Task], held_out_share: float, tally: Tally
+) -> Iterator[Placed]:
+    repeats: Counter[str] = Counter()
+    for file in _files(source, ".jsonl", ".jsonl.gz"):
+        form = _LineForm(source, file, tasks, held_out_share, repeats)
+        for number, line in numbered_lines(file):
+            tally.seen += 1
+            place = f"{file} line {number}"
+            try:
+                row = form.row(line)
+            except SchemaError as error:
+                tally.refuse(f"{place}: {error}")
+            else:
+                yield Placed(place, row)
+    tally.close()
+
+
+def _task(name: str, tasks: Mapping[str, Task], *, where: object) -> Task:
+    if name not in tasks:
+        raise ConfigError(
+            f"{where}: there is no task {name!r}; set task in assemble.sources to one of "
+            f"{', '.join(tasks)}, or define it under tasks:"
+        )
+    return tasks[name]
 
 
 def finished_samples(run_dir: Path) -> Artifact:
@@ -134,17 +173,6 @@ def _rows(tables: Iterable[pa.Table]) -> Iterator[Row]:
     for table in tables:
         for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
             yield from batch.to_pylist()
-
-
-def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Lines that are not blank, with their places: `file line 7`."""
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield f"{file} line {number}", line
-    except (OSError, EOFError, zlib.error) as error:
-        raise SchemaError(f"{file} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -209,12 +237,7 @@ class _LineForm:
                 f"{self.file} tells no task: set task in assemble.sources, or call it "
                 f"<task>{_SUFFIX}"
             )
-        if task not in self.tasks:
-            raise ConfigError(
-                f"{self.file}: there is no task {task!r}; set task in assemble.sources to one of "
-                f"{', '.join(self.tasks)}, or define it under tasks:"
-            )
-        return task
+        return _task(task, self.tasks, where=self.file).name
 
     def _instruction(self, fields: Row, task: str) -> str:
         if self.source.form == "reasonembed" or fields.get("prompt") is not None:

@@ -397,3 +397,25 @@ def test_part_by_part_gives_the_rows_that_reading_at_once_gives(artifact):
     artifact.commit("a", rows(placed("q1", positives=["late"]), placed("q0")))
     found = pa.concat_tables(artifact.parts()).sort_by("query_id")
     assert found == artifact.read() and found.num_rows == 2
+
+
+def test_the_source_as_positive_changes_nothing_but_the_positive():
+    made = (
+        [query("q", source="d0"), query("without", source="d5")],
+        [judgment("q", "d1", 4), judgment("q", "d2", 1), judgment("without", "d3", 1)],
+        [rewrite("q"), rewrite("without")],
+    )
+    candidates = {"q": ["d1", "d2"], "without": ["d3"]}
+    funnel, (annotated,) = assemble(*made, candidates=candidates)
+    control = AssembleConfig(positives_from="source")
+    same, (sample,) = assemble(*made, control, candidates=candidates)
+    assert same == funnel
+    assert sample["positives"] == [
+        {"doc_id": "d0", "text": "text 0", "label": 5.0, "text_hash": text_hash("text 0")}
+    ]
+    assert sample | {"positives": None} == annotated | {"positives": None}
+
+
+def test_the_source_cannot_be_the_positive_of_samples_that_were_made_elsewhere():
+    with pytest.raises(ValueError, match="samples that this run makes"):
+        AssembleConfig(positives_from="source", sources=[{"path": "elsewhere"}])

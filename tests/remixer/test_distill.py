@@ -378,7 +378,7 @@ def test_a_real_student_takes_the_teachers_place(tmp_path):
         settings,
         examples,
         weights=weights,
-        runtime=TrainRuntime(chunk_texts=4, checkpoint_every=100),
+        runtime=TrainRuntime(chunk_tokens=400, checkpoint_every=100),
         output_dir=tmp_path / "sft",
         report=lambda metrics, _: reports.append(metrics["loss"]),
     )
