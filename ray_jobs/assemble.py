@@ -11,6 +11,7 @@ from reasonembed.remixer.assemble import (
     SampleWriter,
 )
 from reasonembed.remixer.formats import read_source
+from reasonembed.remixer.lines import Tally
 
 
 def run(job: Job) -> dict[str, int]:
@@ -20,16 +21,16 @@ def run(job: Job) -> dict[str, int]:
     if (finished := artifact.finished()) is not None:
         return finished
     writer = SampleWriter(artifact)
-    if job.run.config.assemble.sources:
-        counts = {"sample": sum(_import(job, writer))}
-    else:
-        counts = _assemble(job, writer)
+    make = _import if job.run.config.assemble.sources else _assemble
+    counts = make(job, writer)
     artifact.finish(counts | writer.counts())
     return counts | writer.counts()
 
 
 def _assemble(job: Job, writer: SampleWriter) -> dict[str, int]:
     run = job.run
+    if run.config.assemble.positives_from == "source":
+        job.reporter.say("      a control: each query's source document is its one positive")
     assembler = Assembler(
         Inputs(
             queries=run.artifact("queries").read(),
@@ -52,24 +53,34 @@ def _assemble(job: Job, writer: SampleWriter) -> dict[str, int]:
     return assembler.funnel
 
 
-def _import(job: Job, writer: SampleWriter) -> list[int]:
+def _import(job: Job, writer: SampleWriter) -> dict[str, int]:
     config = job.run.config
-    counts = []
+    counts = {"sample": 0, "unusable lines": 0}
     for number, source in enumerate(config.assemble.sources):
+        tally = Tally(source.max_bad_share)
         rows = read_source(
-            source, tasks=config.task_table, held_out_share=config.assemble.held_out_share
+            source,
+            tasks=config.task_table,
+            held_out_share=config.assemble.held_out_share,
+            tally=tally,
+            scratch=job.run.dir,
         )
-        counts.append(writer.write(rows, name=f"source-{number:02d}"))
-        if not counts[-1]:
-            raise QualityError(f"assemble.sources: {source.path} holds no sample")
-        job.reporter.say(f"      {counts[-1]} samples from {source.path}{_remark(source)}")
+        found = writer.write(rows, name=f"source-{number:02d}")
+        if not found:
+            raise QualityError(
+                "; ".join([f"assemble.sources: {source.path} holds no sample", *tally.remarks()])
+            )
+        counts["sample"] += found
+        counts["unusable lines"] += tally.bad
+        remarks = [f"{found} samples from {source.path}", *tally.remarks(), *_remarks(source)]
+        job.reporter.say(f"      {'; '.join(remarks)}")
     return counts
 
 
-def _remark(source: SampleSource) -> str:
-    if source.form != "flagembedding":
-        return ""
-    return "; without rewritten queries all intensities are 1 and the loss is plain InfoNCE"
+def _remarks(source: SampleSource) -> list[str]:
+    if source.form in ("run", "parquet", "reasonembed"):
+        return []
+    return ["without rewritten queries all intensities are 1 and the loss is plain InfoNCE"]
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ import ray
 
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
-from ray_jobs.train import TrainLog, in_worker, trainer
+from ray_jobs.train import in_worker, trainer
 from reasonembed.artifacts import Artifact
-from reasonembed.config import DistillConfig, LLMConfig, TrainRuntime
+from reasonembed.config import DistillConfig, LLMConfig, TrainRuntime, flatten
 from reasonembed.errors import ConfigError
 from reasonembed.llm.protocol import Engine
 from reasonembed.models import resolve, weights_fingerprint
+from reasonembed.redapter.log import TrainLog
 from reasonembed.redapter.sft import ChatTokenizer, Example, StepPlan, fine_tune, save_student
+from reasonembed.redapter.trackers import Trackers, require
 from reasonembed.remixer.annotate import JudgedQuery, query_blocks
 from reasonembed.remixer.distill import (
     Analyst,
@@ -63,7 +65,6 @@ class _Payload:
     config: DistillConfig
     runtime: TrainRuntime
     run: Run
-    steps: int
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -174,17 +175,23 @@ def _worker(payload: dict[str, _Payload]) -> None:
             weights=_student(work.run, work.config),
             runtime=work.runtime,
         ),
-        log=work.run.annotator_dir.parent / "log.jsonl",
-        steps=work.steps,
-        runtime=work.runtime,
+        storage=work.run.annotator_dir.parent,
+        trackers=Trackers(
+            work.runtime.trackers,
+            directory=work.run.annotator_dir.parent,
+            settings=flatten(work.config, prefix="distill"),
+        ),
     )
 
 
 def _train(job: Job, config: DistillConfig, *, steps: int) -> None:
     runtime, place = job.run.config.runtime.train, job.run.annotator_dir.parent
+    require(runtime.trackers)
     log = TrainLog(place / "log.jsonl")
-    payload = _Payload(config, runtime, job.run, steps)
-    with job.reporter.watching("student", total=steps, done=lambda: len(log.steps()), unit="steps"):
+    payload = _Payload(config, runtime, job.run)
+    with job.reporter.watching(
+        "student", total=steps, done=lambda: len(log.steps()), unit="steps", note=log.summary
+    ):
         result = trainer(_worker, payload, runtime=runtime, storage=place).fit()
     assert result.checkpoint is not None, "training ended without a checkpoint"
     checkpoint = Path(result.checkpoint.path)  # in the run's folder, which all nodes see

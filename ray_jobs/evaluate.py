@@ -44,11 +44,14 @@ def _runs(job: Job) -> dict[str, RankedRun]:
         )
     encoders = job.run.encoders
     distinct = read_documents(job.run.artifact("corpus"))
-    for name, label, encoder in (
+    systems = [
         ("miner", MINER, encoders.miner),
         ("before", "backbone", encoders.backbone),
         ("after", "trained", encoders.trained),
-    ):
+    ]
+    if "mine" not in job.run.stages:  # where samples were imported
+        del systems[0]
+    for name, label, encoder in systems:
         query_ids, query_vectors_QD, *found = evaluated_vectors(job, label, encoder, distinct)
         doc_ids, doc_vectors_ND = with_duplicates(
             *found, twins=lambda doc_id: store.group_members(store.group(doc_id))

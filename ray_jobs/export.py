@@ -1,4 +1,4 @@
-"""Merges the adapter and writes a model that sentence-transformers, vLLM and the service load."""
+"""Writes the trained model in the form that sentence-transformers, vLLM and the service load."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import ray
 
 from ray_jobs.job import Job, main
-from reasonembed.artifacts import digest
 from reasonembed.config import EncoderConfig
 from reasonembed.embedder.contract import resolve_contract
 from reasonembed.models import resolve
-from reasonembed.redapter.export import export
+from reasonembed.redapter.export import Exported, export
+from reasonembed.report.card import write_card
+from reasonembed.report.facts import Facts
 from reasonembed.schemas import stable_hash
 
 
@@ -19,21 +20,20 @@ def _export(
     encoder: EncoderConfig,
     *,
     cache_dir: str | None,
-    adapter: Path,
+    learnt: Path,
     output: Path,
     instruction: str,
     texts: list[str],
-) -> int:
+) -> Exported:
     weights = resolve(encoder.model, cache_dir=cache_dir)
-    contract = export(
+    return export(
         weights,
-        adapter,
+        learnt,
         resolve_contract(weights, encoder),
         output_dir=output,
         instruction=instruction,
         golden_texts=texts,
     )
-    return contract.dimension
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -45,19 +45,25 @@ def run(job: Job) -> dict[str, Any]:
     store = job.run.corpus_store()
     ranked = sorted(store.doc_ids, key=stable_hash)
     golden = store.texts(ranked[: job.run.config.export.golden_texts])
-    dimension = ray.get(
+    exported = ray.get(
         _export.remote(
             job.run.encoders.backbone,
             cache_dir=job.run.config.runtime.cache_dir,
-            adapter=(job.run.dir / "train" / "adapter").absolute(),
+            learnt=(job.run.dir / "train" / "weights").absolute(),
             output=job.run.model_dir.absolute(),
             instruction=job.run.instruction,
             texts=golden,
         )
     )
-    weights = digest(job.run.model_dir / "model.safetensors")
-    summary = {"dimension": dimension, "golden texts": len(golden), "weights": weights}
+    summary = {
+        "dimension": exported.contract.dimension,
+        "golden texts": len(golden),
+        "cosine to backbone": round(exported.cosine_to_backbone, 6),
+        "cosine to trained": round(exported.cosine_to_trained, 6),
+        "weights": exported.contract.weights,
+    }
     directory.finish(summary)
+    write_card(Facts(job.run))
     return summary
 
 

@@ -1,6 +1,7 @@
 """Fine-tunes the backbone with Ray Train; a new driver goes on from the last checkpoint."""
 
-import tempfile
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,20 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    PreemptionInfo,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.job import Job, main
-from reasonembed.artifacts import append_json_line, digest, json_lines
-from reasonembed.config import TrainConfig, TrainRuntime
+from reasonembed.artifacts import digest
+from reasonembed.config import TrainConfig, TrainRuntime, flatten
 from reasonembed.models import resolve
 from reasonembed.redapter.batches import BatchPlan, read_samples
+from reasonembed.redapter.best import best_record
+from reasonembed.redapter.checkpoints import Saved
+from reasonembed.redapter.log import SampleLog, TrainLog
 from reasonembed.redapter.loop import train as train_loop
 from reasonembed.redapter.stepping import Metrics
+from reasonembed.redapter.trackers import Trackers, require
+from reasonembed.redapter.validate import read_held_out
 from reasonembed.remixer.formats import finished_samples
 from reasonembed.run import Run
+from reasonembed.schemas import stable_hash
 
 KEPT_CHECKPOINTS = 2
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -31,49 +46,58 @@ class _Payload:
     config: TrainConfig
     runtime: TrainRuntime
     run: Run
-    steps: int
 
 
 def _worker(payload: dict[str, _Payload]) -> None:
     work = payload["payload"]
     weights = resolve(work.config.encoder.model, cache_dir=work.run.config.runtime.cache_dir)
-    samples = read_samples(work.run.artifact("samples").parts())
+    samples, storage = work.run.artifact("samples"), work.run.dir / "train"
+    is_first = ray.train.get_context().get_world_rank() == 0
     in_worker(
-        partial(train_loop, work.config, samples, weights=weights, runtime=work.runtime),
-        log=work.run.dir / "train" / "log.jsonl",
-        steps=work.steps,
-        runtime=work.runtime,
+        partial(
+            train_loop,
+            work.config,
+            read_samples(samples.parts()),
+            weights=weights,
+            runtime=work.runtime,
+            held_out=read_held_out(samples.parts(), work.config),
+            observe=SampleLog(storage / "samples.jsonl").append if is_first else None,
+        ),
+        storage=storage,
+        trackers=Trackers(
+            work.runtime.trackers,
+            directory=storage,
+            settings=flatten(work.config, prefix="train"),
+        ),
     )
 
 
-def in_worker(loop: Callable[..., object], *, log: Path, steps: int, runtime: TrainRuntime) -> None:
+def in_worker(loop: Callable[..., object], *, storage: Path, trackers: Trackers) -> None:
     """Runs a training loop in a worker of Ray Train: its log, its checkpoints, where it goes on.
 
     Args:
-        loop: Called with `output_dir`, `report`, `resume_from`, `rank` and `world_size`, as
-            `redapter.loop.train` takes them.
-        log: Written by the first worker.
-        steps: How many the loop does in all.
-        runtime: How often it saves.
+        loop: Called with `output_dir`, `report`, `resume_from`, `is_leaving`, `rank` and
+            `world_size`, as `redapter.loop.train` takes them.
+        storage: The stage's directory, as given to `trainer`; receives `log.jsonl`.
+        trackers: Get each step as the log does.
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    lines = TrainLog(log) if rank == 0 else None
+    lines = TrainLog(storage / "log.jsonl") if rank == 0 else None
 
-    def report(metrics: Metrics, checkpoint: Path | None) -> None:
+    def report(metrics: Metrics, saved: Saved | None) -> None:
         if lines:
             lines.append(metrics)
-        done = int(metrics["step"]) + 1
-        # A report is a barrier of all workers, so it is made where a checkpoint is, not each step.
-        if done % runtime.checkpoint_every == 0 or done == steps:
-            saved = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None
-            ray.train.report(metrics, checkpoint=saved, delete_local_checkpoint_after_upload=True)
+            trackers.write(metrics)
+        if saved is not None:
+            _register(metrics, saved)
 
     def start(resume_from: Path | None) -> None:
         loop(
-            output_dir=Path(tempfile.mkdtemp(prefix="redapter-")),
+            output_dir=storage / _CHECKPOINTS,
             report=report,
             resume_from=resume_from,
+            is_leaving=Announcements(),
             rank=rank,
             world_size=context.get_world_size(),
         )
@@ -84,47 +108,73 @@ def in_worker(loop: Callable[..., object], *, log: Path, steps: int, runtime: Tr
     else:
         with checkpoint.as_directory() as folder:
             start(Path(folder))
+    trackers.close()
 
 
-class TrainLog:
-    """One JSON line a step; after a restart a step may stand twice, and the later line counts."""
+def _register(metrics: Metrics, saved: Saved) -> None:
+    """Tells Ray Train of a checkpoint, which counts from when all workers have written it.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    They write into its place at once, so nothing is uploaded: the "upload" is the waiting.
+    """
 
-    def append(self, metrics: Metrics) -> None:
-        """Adds a step."""
-        append_json_line(self._path, dict(metrics))
+    def when_whole(given: ray.train.Checkpoint, _: str) -> ray.train.Checkpoint:
+        saved.wait()
+        return given
 
-    def steps(self) -> list[dict[str, Any]]:
-        """The log in order of steps."""
-        by_step = {row["step"]: row for row in json_lines(self._path)}
-        return [by_step[step] for step in sorted(by_step)]
+    ray.train.report(
+        metrics,
+        checkpoint=ray.train.Checkpoint.from_directory(saved.path),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=when_whole,
+        delete_local_checkpoint_after_upload=False,
+    )
+
+
+class Announcements:
+    """Says of each announcement once that machines are about to go; the same on all workers."""
+
+    def __init__(self) -> None:
+        self._heard: PreemptionInfo | None = None
+
+    def __call__(self) -> bool:
+        """To be asked equally often by all workers; they wait for each other in it."""
+        announced = ray.train.get_preemption_info()
+        is_new = announced is not None and announced != self._heard
+        self._heard = announced
+        return is_new
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Writes `train/adapter`."""
+    """Writes `train/weights`."""
     directory = job.run.directory("train")
     config, runtime = job.run.config.train, job.run.config.runtime.train
     samples = read_samples(finished_samples(job.run.dir).parts())
     plan = BatchPlan(samples, config, num_workers=runtime.num_workers)
     steps = plan.total_steps
+    require(runtime.trackers)
+    read_held_out(finished_samples(job.run.dir).parts(), config)  # refused here rather than there
+    for note in plan.notes():
+        job.reporter.say(f"      {note}")
     job.run.begin("train", directory)
     if (finished := directory.finished()) is not None:
         return finished
     log = TrainLog(job.run.dir / "train" / "log.jsonl")
-    payload = _Payload(config, runtime, job.run, steps)
-    with job.reporter.watching("train", total=steps, done=lambda: len(log.steps()), unit="steps"):
-        result = trainer(_worker, payload, runtime=runtime, storage=job.run.dir / "train").fit()
-    assert result.checkpoint is not None, "training ended without a checkpoint"
-    adapter = job.run.dir / "train" / "adapter"
-    result.checkpoint.to_directory(str(adapter))
+    payload = _Payload(config, runtime, job.run)
+    with job.reporter.watching(
+        "train", total=steps, done=lambda: len(log.steps()), unit="steps", note=log.summary
+    ):
+        trainer(_worker, payload, runtime=runtime, storage=job.run.dir / "train").fit()
+    weights = job.run.dir / "train" / "weights"
+    shutil.rmtree(weights, ignore_errors=True)
+    (job.run.dir / "train" / _CHECKPOINTS / "weights").rename(weights)
     last = log.steps()[-1]
+    best = best_record(job.run.dir / "train" / _CHECKPOINTS)
     summary = {
         "samples": len(samples),
         "steps": steps,
+        "step kept": best.step if best else steps,
         "loss": round(last["loss"], 4),
-        "adapter": digest(adapter / "adapter_model.safetensors"),
+        "weights": stable_hash(*map(digest, sorted(weights.glob("*.safetensors")))),
     }
     directory.finish(summary)
     return summary
@@ -145,25 +195,44 @@ def trainer(
         runtime: How many workers, and what each holds.
         storage: The stage's directory.
     """
+    for name, value in _environment(runtime).items():
+        os.environ.setdefault(name, value)
+    least, most = runtime.min_workers, runtime.num_workers
     per_worker = {"CPU": runtime.num_cpus} | ({"GPU": 1.0} if runtime.use_gpu else {})
     return TorchTrainer(
         worker,
         train_loop_config={"payload": payload},
         torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=runtime.num_workers,
+            num_workers=most if least is None else (least, most),
             use_gpu=runtime.use_gpu,
             resources_per_worker=per_worker,
         ),
         run_config=RunConfig(
             # The same name in the same place is what lets a new driver go on from the old one's
             # checkpoints.
-            name="checkpoints",
+            name=_CHECKPOINTS,
             storage_path=str(storage.absolute()),
-            failure_config=FailureConfig(max_failures=runtime.max_failures),
+            # Machines may go as often as they like; errors may not.
+            failure_config=FailureConfig(
+                max_failures=runtime.max_failures, max_preemption_failures=-1
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
     )
+
+
+def _environment(runtime: TrainRuntime) -> dict[str, str]:
+    """Where Ray Train's defaults hurt; what is set already counts."""
+    is_elastic = runtime.min_workers is not None
+    return {
+        # So many workers or none: machines that are asked for take minutes to come, and after one
+        # Ray would begin anew. Elastic: Ray counts a machine that has just gone for a while, waits
+        # for it, and looks how many there are when this time is over.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30" if is_elastic else "900",
+        # Some clouds announce half a minute ahead, and the checkpoint needs its part of that.
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The training loop: LoRA on a causal backbone under RI-InfoNCE.
+"""The training loop: adapters or all weights of a backbone under RI-InfoNCE.
 
-Reads the `samples` artifact and a checkpoint; writes adapters. Knows torch.distributed, not who
-started the workers: placement, restarts and storage are the caller's.
+Reads the `samples` artifact and a checkpoint; writes what was learnt. Knows torch.distributed, not
+who started the workers: placement, restarts and storage are the caller's.
 """
 
 from __future__ import annotations
@@ -12,29 +12,46 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from reasonembed.config import TrainConfig, TrainRuntime, fingerprint, flatten
 from reasonembed.embedder.contract import TokenisationContract, resolve_contract
-from reasonembed.embedder.encode import load_backbone
+from reasonembed.embedder.encode import budget_batches, load_backbone
+from reasonembed.embedder.packing import use_packing
 from reasonembed.embedder.pooling import forward
 from reasonembed.embedder.tokenisation import ContractTokenizer, Role, TokenIds
 from reasonembed.redapter.batches import BatchPlan, Group, Sample, rank_slice
-from reasonembed.redapter.loss import LossOutput, false_negative_mask, ri_info_nce
+from reasonembed.redapter.best import Best
+from reasonembed.redapter.checkpoints import Checkpoints, write_weights
+from reasonembed.redapter.devices import peak_flops
+from reasonembed.redapter.flops import Work
+from reasonembed.redapter.loss import LossOutput
+from reasonembed.redapter.objective import (
+    batch_loss,
+    check_dimensions,
+    has_rewrites,
+    intensity_cap,
+    step_metrics,
+)
+from reasonembed.redapter.progress import Progress
+from reasonembed.redapter.sharding import Placed, place, weights_dtype
 from reasonembed.redapter.step import LocalBatch, contrastive_step
 from reasonembed.redapter.stepping import (
+    IsLeaving,
     Metrics,
     Report,
-    read_checkpoint,
+    clip,
+    never,
     set_rate,
     take_steps,
-    update,
-    with_adapter,
-    write_checkpoint,
 )
-from reasonembed.schemas import row_seed
+from reasonembed.redapter.validate import HeldOut, Validation, Validator, check_held_out
+from reasonembed.schemas import row_seed, stable_hash
+
+if TYPE_CHECKING:
+    from reasonembed.redapter.log import Observe
 
 
 @dataclass(frozen=True)
@@ -42,25 +59,33 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        steps: Steps that the adapter has seen, those before a resume included.
-        adapter_dir: Checkpoint of the last step; only rank 0's path is written to.
-        contract: What the adapter was trained under.
+        steps: Steps that the weights have seen, those before a resume included.
+        weights_dir: What was learnt: a folder of peft, or of transformers if all weights were
+            trained; written by rank 0.
+        contract: What it was trained under.
         metrics: Of the last step; empty if a finished run was resumed.
     """
 
     steps: int
-    adapter_dir: Path
+    weights_dir: Path
     contract: TokenisationContract
     metrics: Metrics
 
 
 @dataclass(frozen=True)
 class _State:
-    model: Any
-    parameters: list[torch.nn.Parameter]
+    placed: Placed
     optimizer: torch.optim.Optimizer
     tokenizer: ContractTokenizer
     contract: TokenisationContract
+    progress: Progress
+    work: Work
+    is_packed: bool
+
+    def encode(self, batch: Sequence[TokenIds]) -> torch.Tensor:
+        """Vectors of token ids, with dropout where the model has it."""
+        with self.placed.precision():
+            return forward(self.placed.model, self.contract, batch, packed=self.is_packed)
 
 
 def learning_rate_at(step: int, *, total_steps: int, config: TrainConfig) -> float:
@@ -82,29 +107,38 @@ def train(
     runtime: TrainRuntime,
     output_dir: Path,
     report: Report,
+    held_out: Sequence[HeldOut] = (),
+    observe: Observe | None = None,
     resume_from: Path | None = None,
+    is_leaving: IsLeaving = never,
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainResult:
-    """Fine-tunes adapters; with `world_size` > 1 in each process of an initialised group.
+    """Fine-tunes adapters or, without `lora`, all weights; with workers in an initialised group.
 
     A resumed run continues bit for bit where the interrupted one would have been (same machine,
     same number of workers and chunk size): batches, rates and dropout are functions of the step.
+    On another number of workers the batches and rates are the same, and what differs is the order
+    of sums and which dropout is drawn.
 
     Args:
         config: What decides the result.
         samples: All of them, on every worker.
         weights: Checkpoint of the backbone.
-        runtime: Threads, chunk size, checkpoint interval.
-        output_dir: Receives `checkpoint-<step>` folders, written by rank 0.
-        report: Called once a step on every rank with that step's metrics; the path is given on
-            rank 0 when a checkpoint has been written, else None.
-        resume_from: A checkpoint folder.
+        runtime: Device, sharding, chunk size, checkpoint interval.
+        output_dir: Seen by all workers; receives `checkpoint-<step>` folders and `weights`.
+        report: Called once a step on every rank with that step's metrics, and with the checkpoint
+            if one was begun, else None.
+        held_out: What is measured every `validate_every` steps, on every worker alike.
+        observe: Called once a step with its number, its global batch and what it gave.
+        resume_from: A checkpoint folder, of any number of workers.
+        is_leaving: Whether a machine is about to go; see `take_steps`.
         rank: Of this worker.
         world_size: Number of workers.
 
     Raises:
-        ConfigError: Samples or workers do not fit the batch.
+        ConfigError: Samples or workers do not fit the batch, or the runtime asks for what is not
+            there, or nothing is held out to be measured.
         ModelError: The backbone cannot be loaded or has no projections to adapt, or a loss is not
             finite.
         DriftError: The checkpoint is of another configuration, other samples or another number of
@@ -112,36 +146,99 @@ def train(
     """
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    check_held_out(held_out, config)
     plan = BatchPlan(samples, config, num_workers=world_size)
-    state = _prepare(config, weights, use_gpu=runtime.use_gpu)
-    identity = _identity(config, plan, state.contract)
-    start = _resume(state, resume_from, identity=identity) if resume_from else 0
-    total = plan.total_steps
-    metrics = take_steps(
-        partial(_one_step, config, plan, state, runtime=runtime, rank=rank, world_size=world_size),
-        partial(_save, state, output_dir, identity=identity),
-        start=start,
-        total=total,
+    state = _prepare(config, weights, runtime)
+    checkpoints = Checkpoints(
+        output_dir,
+        state.placed,
+        state.optimizer,
+        identity=_identity(config, plan, state.contract),
+        memory=state.progress,
+    )
+    start = checkpoints.load(resume_from, learnt_from="samples") if resume_from else 0
+    learnt = output_dir / "weights"
+    write = partial(write_weights, state.placed, weights=weights, dtype=state.contract.dtype)
+    best = None
+    if config.keep == "best":
+        best = Best(output_dir, write, is_fresh=start == 0, rank=rank)
+    one_step = partial(
+        _one_step,
+        config,
+        plan,
+        state,
         runtime=runtime,
+        observe=observe,
         rank=rank,
+        world_size=world_size,
+    )
+    measure = partial(_measure, state, runtime=runtime, rank=rank, world_size=world_size)
+    metrics = take_steps(
+        _validated(one_step, config, plan, held_out, state, measure=measure, best=best),
+        checkpoints,
+        start=start,
+        total=plan.total_steps,
+        runtime=runtime,
         report=report,
+        is_leaving=is_leaving,
     )
-    final = resume_from if start == total and resume_from else output_dir / f"checkpoint-{total}"
-    return TrainResult(total, final, state.contract, metrics)
+    if best is None:
+        write(learnt)
+    else:
+        best.place(learnt)
+    return TrainResult(plan.total_steps, learnt, state.contract, metrics)
 
 
-def _prepare(config: TrainConfig, weights: Path, *, use_gpu: bool) -> _State:
+def _prepare(config: TrainConfig, weights: Path, runtime: TrainRuntime) -> _State:
     contract = resolve_contract(weights, config.encoder)
-    backbone = load_backbone(weights, dtype=contract.dtype, layers=contract.layers)
+    check_dimensions(config, dimension=contract.dimension)
+    dtype = weights_dtype(config.lora, dtype=contract.dtype)
+    backbone = load_backbone(weights, dtype=dtype, layers=contract.layers)
     torch.manual_seed(row_seed(config.seed, "adapter"))
-    model = with_adapter(
-        backbone.model, config.lora, task_type="FEATURE_EXTRACTION", name=config.encoder.model
+    placed = place(
+        backbone.model,
+        lora=config.lora,
+        task_type="FEATURE_EXTRACTION",
+        name=config.encoder.model,
+        dtype=contract.dtype,
+        runtime=runtime,
     )
-    model = model.to("cuda" if use_gpu else "cpu").train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(placed.parameters, lr=config.learning_rate, weight_decay=0.0)
     tokenizer = ContractTokenizer(backbone.tokenizer, contract)
-    return _State(model, parameters, optimizer, tokenizer, contract)
+    work = Work.of(placed.model, trains_all=config.lora is None)
+    is_packed = use_packing(placed.model, runtime.packing, dtype=getattr(torch, contract.dtype))
+    return _State(placed, optimizer, tokenizer, contract, Progress(), work, is_packed)
+
+
+def _validated(
+    one_step: Callable[[int], Metrics],
+    config: TrainConfig,
+    plan: BatchPlan,
+    held_out: Sequence[HeldOut],
+    state: _State,
+    *,
+    measure: Callable[[Validator], Metrics],
+    best: Best | None,
+) -> Callable[[int], Metrics]:
+    if config.validate_every is None:
+        return one_step
+    validator = Validator(held_out, config, shape=plan.shape, tokenizer=state.tokenizer)
+    validation = Validation(
+        config, total=plan.total_steps, measure=partial(measure, validator), best=best
+    )
+    return validation.around(one_step)
+
+
+def _measure(
+    state: _State, validator: Validator, *, runtime: TrainRuntime, rank: int, world_size: int
+) -> Metrics:
+    state.placed.model.eval()
+    try:
+        return validator.measure(
+            state.encode, batch_tokens=runtime.chunk_tokens, rank=rank, world_size=world_size
+        )
+    finally:
+        state.placed.model.train()
 
 
 def _one_step(
@@ -153,125 +250,112 @@ def _one_step(
     runtime: TrainRuntime,
     rank: int,
     world_size: int,
+    observe: Observe | None = None,
 ) -> Metrics:
     began = time.perf_counter()
     groups = plan.batch(step)
-    local = _tokenise(rank_slice(groups, rank=rank, world_size=world_size), state.tokenizer)
+    local = _tokenise(
+        rank_slice(groups, rank=rank, world_size=world_size),
+        state.tokenizer,
+        limit=state.contract.max_query_tokens,
+        with_rewritten=has_rewrites(groups),
+    )
     rate = learning_rate_at(step, total_steps=plan.total_steps, config=config)
     set_rate(state.optimizer, rate)
+    cap = intensity_cap(config, state.progress)
     output = contrastive_step(
-        lambda ids: forward(state.model, state.contract, ids),
+        state.encode,
         local,
-        global_loss=_global_loss(config, groups, step=step),
-        parameters=state.parameters,
-        chunk_texts=runtime.chunk_texts,
+        num_queries=len(groups),
+        global_loss=batch_loss(config, groups, step=step, cap=cap),
+        parameters=state.placed.parameters,
+        cut=partial(budget_batches, batch_tokens=runtime.chunk_tokens, packed=state.is_packed),
         seed=row_seed(config.seed, "dropout", step, rank),
+        reduction=state.placed.reduction,
+        gradient_scale=config.gradient_scale,
     )
-    norm = update(
-        state.optimizer,
-        state.parameters,
-        output.loss,
-        max_grad_norm=config.max_grad_norm,
-        step=step,
-        cure="lower train.learning_rate or use train.encoder.dtype float32",
-    )
+    norm, is_taken = _move(config, state, step, groups, output.loss)
     seconds = time.perf_counter() - began
-    return step_metrics(output, cap=config.intensity_cap) | {
-        "step": float(step),
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "step_s": seconds,
-        "tokens_per_s": local.num_tokens / seconds,
-    }
-
-
-def _tokenise(groups: Sequence[Group], tokenizer: ContractTokenizer) -> LocalBatch:
-    def query_ids(texts: list[str]) -> list[TokenIds]:
-        pairs = zip(groups, texts, strict=True)
-        return [
-            tokenizer.tokenise([text], role=Role.QUERY, instruction=group.sample.instruction)[0]
-            for group, text in pairs
-        ]
-
-    passages = [passage.text for group in groups for passage in group.passages]
-    return LocalBatch(
-        queries=query_ids([group.sample.query for group in groups]),
-        rewritten_queries=query_ids([group.sample.rewritten_query for group in groups]),
-        passages=tokenizer.tokenise(passages, role=Role.DOCUMENT),
+    if observe is not None:
+        observe(step, groups, output.loss)
+    share = _peak_share(state, local, seconds)
+    return (
+        step_metrics(output.loss, cap=cap)
+        | ({"intensity_cap": cap} if math.isfinite(cap) else {})
+        | share
+        | {
+            "step": float(step),
+            "batch": batch_number(groups),
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "is_skipped": float(not is_taken),
+            "queries_at_limit": float(output.num_at_limit),
+            "step_s": seconds,
+            "tokens_per_s": output.num_tokens / seconds,
+        }
     )
 
 
-def _global_loss(
-    config: TrainConfig, groups: Sequence[Group], *, step: int
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LossOutput]:
-    positives = _positive_columns(groups)
-    # Where no query was rewritten, intensities are 1 but for dropout's noise: no weights then.
-    has_rewrites = any(g.sample.rewritten_query != g.sample.query for g in groups)
-    mask_BM = positive_mask(groups) if config.mask_false_negatives else None
-
-    def compute(
-        query_BD: torch.Tensor, rewritten_BD: torch.Tensor, doc_MD: torch.Tensor
-    ) -> LossOutput:
-        return ri_info_nce(
-            query_BD,
-            rewritten_BD,
-            doc_MD,
-            torch.tensor(positives, device=query_BD.device),
-            temperature=config.temperature,
-            cap=config.intensity_cap,
-            epsilon=config.intensity_epsilon,
-            is_weighted=has_rewrites and step >= config.intensity_start_step,
-            mask_BM=None if mask_BM is None else mask_BM.to(query_BD.device),
-        )
-
-    return compute
-
-
-def positive_mask(groups: Sequence[Group]) -> torch.Tensor:
-    """Passages of a batch that are known positives of a query, bool [B, M].
-
-    By text, so that neither another id nor other white space hides one; samples of the same query
-    know each other's positives. See `loss.false_negative_mask`.
-    """
-    known: dict[str, set[str]] = {}
-    for group in groups:
-        hashes = {passage.text_hash for passage in group.sample.positives}
-        known.setdefault(group.sample.query, set()).update(hashes)
-    return false_negative_mask(
-        [passage.text_hash for group in groups for passage in group.passages],
-        [known[group.sample.query] for group in groups],
-        _positive_columns(groups),
-    )
-
-
-def _positive_columns(groups: Sequence[Group]) -> list[int]:
-    return [row * len(group.passages) for row, group in enumerate(groups)]
-
-
-def step_metrics(output: LossOutput, *, cap: float) -> Metrics:
-    """What a step says about itself; intensity is computed from step 0, weighted or not.
-
-    Args:
-        output: Of the global batch.
-        cap: κ.
+def _move(
+    config: TrainConfig, state: _State, step: int, groups: Sequence[Group], loss: LossOutput
+) -> tuple[float, bool]:
+    """Clips the gradient and moves the parameters, unless something is not finite.
 
     Returns:
-        `loss`, means of l and l′, minimum, median and maximum of the intensity, the share of
-        samples at the cap, the effective batch size 1/Σw², and the mean rank of the positive.
+        Norm of the gradient before it was clipped, and whether the step was taken.
     """
-    intensity_B = output.intensity_B
-    values = {
-        "loss": output.loss,
-        "query_loss": output.losses_B.mean(),
-        "rewritten_loss": output.rewritten_losses_B.mean(),
-        "intensity_min": intensity_B.min(),
-        "intensity_median": intensity_B.median(),
-        "intensity_max": intensity_B.max(),
-        "intensity_capped_share": (intensity_B >= cap).float().mean(),
-        "effective_batch_size": 1 / output.weight_B.square().sum(),
-        "positive_rank": output.positive_rank_B.float().mean(),
-    }
-    return {name: float(value) for name, value in values.items()}
+    norm = clip(state.placed.parameters, max_grad_norm=config.max_grad_norm)
+    is_taken = state.progress.count_step(
+        step,
+        loss=float(loss.loss),
+        norm=norm,
+        query_ids=[group.sample.query_id for group in groups],
+        max_skipped_steps=config.max_skipped_steps,
+        cure="lower train.learning_rate or use train.encoder.dtype float32",
+    )
+    if is_taken:
+        state.optimizer.step()
+        if config.intensity_cap == "adaptive":
+            state.progress.observe(loss.ratio_B, quantile=config.intensity_cap_quantile)
+    return norm, is_taken
+
+
+def batch_number(groups: Sequence[Group]) -> float:
+    """A hash of the queries of a batch, in order, that a float holds exactly."""
+    return float(int(stable_hash(*(group.sample.query_id for group in groups), size=6), 16))
+
+
+def _peak_share(state: _State, local: LocalBatch, seconds: float) -> Metrics:
+    """What this worker did of what its device could have done; empty for other devices."""
+    device = state.placed.device
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return {"peak_share": state.work.step(local) / seconds / peak} if peak else {}
+
+
+def _tokenise(
+    groups: Sequence[Group], tokenizer: ContractTokenizer, *, limit: int, with_rewritten: bool
+) -> LocalBatch:
+    def query_ids(texts: Sequence[str]) -> list[TokenIds]:
+        # A batch has one instruction, unless small tasks share it.
+        found: list[TokenIds] = [()] * len(groups)
+        for instruction in {group.sample.instruction for group in groups}:
+            rows = [i for i, g in enumerate(groups) if g.sample.instruction == instruction]
+            ids = tokenizer.tokenise(
+                [texts[i] for i in rows], role=Role.QUERY, instruction=instruction
+            )
+            for row, one in zip(rows, ids, strict=True):
+                found[row] = one
+        return found
+
+    queries = query_ids([group.sample.query for group in groups])
+    rewritten = query_ids([g.sample.rewritten_query for g in groups]) if with_rewritten else []
+    passages = [passage.text for group in groups for passage in group.passages]
+    return LocalBatch(
+        queries=queries,
+        rewritten_queries=rewritten,
+        passages=tokenizer.tokenise(passages, role=Role.DOCUMENT),
+        num_at_limit=sum(len(ids) >= limit for ids in queries),
+    )
 
 
 def _identity(config: TrainConfig, plan: BatchPlan, contract: TokenisationContract) -> str:
@@ -281,21 +365,3 @@ def _identity(config: TrainConfig, plan: BatchPlan, contract: TokenisationContra
         "contract": contract.fingerprint(),
     }
     return fingerprint(identity)
-
-
-def _save(state: _State, output_dir: Path, step: int, *, identity: str) -> Path:
-    # Embeddings are frozen; without the flag peft asks the hub whether they were resized.
-    save_weights = partial(state.model.save_pretrained, save_embedding_layers=False)
-    return write_checkpoint(output_dir, save_weights, state.optimizer, step=step, identity=identity)
-
-
-def _resume(state: _State, checkpoint: Path, *, identity: str) -> int:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    def load_weights(folder: Path) -> None:
-        set_peft_model_state_dict(state.model, load_file(folder / "adapter_model.safetensors"))
-
-    return read_checkpoint(
-        checkpoint, load_weights, state.optimizer, identity=identity, learnt_from="samples"
-    )

@@ -28,24 +28,25 @@ from torch import Tensor
 
 from reasonembed.config import DistillConfig, TrainRuntime, fingerprint, flatten
 from reasonembed.embedder.contract import load_tokenizer
+from reasonembed.embedder.encode import budget_batches
 from reasonembed.errors import ConfigError, ModelError
 from reasonembed.models import quiet_transformers, weights_fingerprint
-from reasonembed.redapter.step import sum_gradients
+from reasonembed.redapter.checkpoints import Checkpoints, load_learnt
+from reasonembed.redapter.sharding import Placed, place, weights_dtype
+from reasonembed.redapter.step import Reduction, SumAtEnd
 from reasonembed.redapter.stepping import (
+    IsLeaving,
     Metrics,
     Report,
-    read_checkpoint,
+    never,
     set_rate,
     take_steps,
     update,
-    with_adapter,
-    write_checkpoint,
 )
 from reasonembed.schemas import row_seed, stable_hash
 
 _MAX_GRAD_NORM = 1.0
 _NO_TARGET = -100
-_LEARNT = "learnt.safetensors"
 _DECIDES = {"lora", "epochs", "learning_rate", "warmup_share", "batch_tokens", "dtype", "seed"}
 
 
@@ -200,8 +201,9 @@ def sft_step(
     batch: Sequence[Example],
     *,
     parameters: Sequence[torch.nn.Parameter],
-    chunk_texts: int,
+    chunk_tokens: int,
     seed: int,
+    reduction: Reduction | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Tensor:
@@ -211,26 +213,40 @@ def sft_step(
         loss: Summed loss of some examples (`answer_loss`).
         batch: Of all workers; each takes its share, which may be empty.
         parameters: What is trained.
-        chunk_texts: Examples a forward.
+        chunk_tokens: Padded tokens a forward.
         seed: Of this step and worker; dropout is drawn from it.
+        reduction: How gradients are summed; default `SumAtEnd`.
         rank: Of this worker.
         world_size: Number of workers.
 
     Returns:
         The mean loss a token of the global batch; detached float32 scalar.
     """
+    reduction = reduction or SumAtEnd()
     num_tokens = sum(example.num_answer for example in batch)
-    own = batch[rank::world_size]
+    shares = [
+        _chunks(batch[one::world_size], chunk_tokens=chunk_tokens) for one in range(world_size)
+    ]
+    chunks = shares[rank]
+    if reduction.needs_equal_passes:
+        chunks += [[] for _ in range(max(map(len, shares)) - len(chunks))]
     total = torch.zeros((), device=parameters[0].device)
-    for number, start in enumerate(range(0, len(own), chunk_texts)):
+    for number, chunk in enumerate(chunks):
         torch.manual_seed(row_seed(seed, number))
-        part = loss(own[start : start + chunk_texts]) / num_tokens
+        # Who has no example left passes the shortest one for nothing.
+        part = loss(chunk) / num_tokens if chunk else 0 * loss(batch[-1:])
+        reduction.before_backward(is_last=number == len(chunks) - 1)
         part.backward()  # type: ignore[no-untyped-call]
         total += part.detach()
-    sum_gradients(parameters)
+    reduction.finish(parameters)
     if world_size > 1:
         dist.all_reduce(total)
     return total
+
+
+def _chunks(batch: Sequence[Example], *, chunk_tokens: int) -> list[list[Example]]:
+    lengths = [len(example.ids) for example in batch]
+    return [[batch[i] for i in rows] for rows in budget_batches(lengths, batch_tokens=chunk_tokens)]
 
 
 # ---- the loop ---------------------------------------------------------------------------------
@@ -242,7 +258,7 @@ class SFTResult:
 
     Attributes:
         steps: Steps that the weights have seen, those before a resume included.
-        checkpoint: Of the last step; only rank 0's path is written to.
+        checkpoint: Of the last step.
         metrics: Of the last step; empty if a finished run was resumed.
     """
 
@@ -253,13 +269,8 @@ class SFTResult:
 
 @dataclass(frozen=True)
 class _State:
-    model: Any
-    learnt: dict[str, torch.nn.Parameter]
+    placed: Placed
     optimizer: torch.optim.Optimizer
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.learnt.values())
 
 
 def learning_rate_at(step: int, *, total_steps: int, config: DistillConfig) -> float:
@@ -280,6 +291,7 @@ def fine_tune(
     output_dir: Path,
     report: Report,
     resume_from: Path | None = None,
+    is_leaving: IsLeaving = never,
     rank: int = 0,
     world_size: int = 1,
 ) -> SFTResult:
@@ -292,11 +304,12 @@ def fine_tune(
         config: What decides the result.
         examples: All of them, on every worker, in the same order.
         weights: Checkpoint of the student.
-        runtime: Threads, chunk size, checkpoint interval.
-        output_dir: Receives `checkpoint-<step>` folders, written by rank 0.
-        report: Called once a step on every rank with that step's metrics; the path is given on
-            rank 0 when a checkpoint has been written, else None.
-        resume_from: A checkpoint folder.
+        runtime: Device, sharding, chunk size, checkpoint interval.
+        output_dir: Seen by all workers; receives `checkpoint-<step>` folders.
+        report: Called once a step on every rank with that step's metrics, and with the checkpoint
+            if one was begun, else None.
+        resume_from: A checkpoint folder, of any number of workers.
+        is_leaving: Whether a machine is about to go; see `take_steps`.
         rank: Of this worker.
         world_size: Number of workers.
 
@@ -308,35 +321,41 @@ def fine_tune(
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     plan = StepPlan(examples, config)
-    state = _prepare(config, weights, device="cuda" if runtime.use_gpu else "cpu")
-    identity = _identity(config, plan, weights)
-    start = _resume(state, resume_from, identity=identity) if resume_from else 0
+    state = _prepare(config, weights, runtime)
+    checkpoints = Checkpoints(
+        output_dir,
+        state.placed,
+        state.optimizer,
+        identity=_identity(config, plan, weights),
+    )
+    start = checkpoints.load(resume_from, learnt_from="answers") if resume_from else 0
     total = plan.total_steps
     metrics = take_steps(
         partial(_one_step, config, plan, state, runtime=runtime, rank=rank, world_size=world_size),
-        partial(_save, state, output_dir, identity=identity),
+        checkpoints,
         start=start,
         total=total,
         runtime=runtime,
-        rank=rank,
         report=report,
+        is_leaving=is_leaving,
     )
     final = resume_from if start == total and resume_from else output_dir / f"checkpoint-{total}"
     return SFTResult(total, final, metrics)
 
 
-def _prepare(config: DistillConfig, weights: Path, *, device: str) -> _State:
-    # In 16 bits an update of all weights would mostly be rounded away; adapters have 32 bits of
-    # their own beside frozen weights.
-    dtype = "float32" if config.lora is None else config.dtype
-    model = _load(weights, dtype=dtype)
+def _prepare(config: DistillConfig, weights: Path, runtime: TrainRuntime) -> _State:
+    model = _load(weights, dtype=weights_dtype(config.lora, dtype=config.dtype))
     torch.manual_seed(row_seed(config.seed, "student"))
-    if config.lora is not None:
-        model = with_adapter(model, config.lora, task_type="CAUSAL_LM", name=config.student)
-    model = model.to(device).train()
-    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(learnt.values(), lr=config.learning_rate, weight_decay=0.0)
-    return _State(model, learnt, optimizer)
+    placed = place(
+        model,
+        lora=config.lora,
+        task_type="CAUSAL_LM",
+        name=config.student,
+        dtype=config.dtype,
+        runtime=runtime,
+    )
+    optimizer = torch.optim.AdamW(placed.parameters, lr=config.learning_rate, weight_decay=0.0)
+    return _State(placed, optimizer)
 
 
 def _load(weights: Path, *, dtype: str) -> Any:
@@ -365,22 +384,22 @@ def _one_step(
     set_rate(state.optimizer, rate)
 
     def loss_of(examples: Sequence[Example]) -> Tensor:
-        kind = state.parameters[0].device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            return answer_loss(state.model, examples)
+        with state.placed.precision():
+            return answer_loss(state.placed.model, examples)
 
     loss = sft_step(
         loss_of,
         batch,
-        parameters=state.parameters,
-        chunk_texts=runtime.chunk_texts,
+        parameters=state.placed.parameters,
+        chunk_tokens=runtime.chunk_tokens,
         seed=row_seed(config.seed, "dropout", step, rank),
+        reduction=state.placed.reduction,
         rank=rank,
         world_size=world_size,
     )
     norm = update(
         state.optimizer,
-        state.parameters,
+        state.placed.parameters,
         loss,
         max_grad_norm=_MAX_GRAD_NORM,
         step=step,
@@ -407,40 +426,6 @@ def _identity(config: DistillConfig, plan: StepPlan, weights: Path) -> str:
     return fingerprint(identity)
 
 
-def _save(state: _State, output_dir: Path, step: int, *, identity: str) -> Path:
-    from safetensors.torch import save_file
-
-    learnt = {name: p.detach().cpu().contiguous() for name, p in state.learnt.items()}
-    return write_checkpoint(
-        output_dir,
-        lambda folder: save_file(learnt, folder / _LEARNT),
-        state.optimizer,
-        step=step,
-        identity=identity,
-    )
-
-
-def _resume(state: _State, checkpoint: Path, *, identity: str) -> int:
-    return read_checkpoint(
-        checkpoint,
-        partial(_restore, state),
-        state.optimizer,
-        identity=identity,
-        learnt_from="answers",
-    )
-
-
-@torch.no_grad()
-def _restore(state: _State, checkpoint: Path) -> None:
-    from safetensors.torch import load_file
-
-    saved = load_file(checkpoint / _LEARNT)
-    if saved.keys() != state.learnt.keys():
-        raise ModelError(f"{checkpoint} holds other parameters than the student has")
-    for name, parameter in state.learnt.items():
-        parameter.copy_(saved[name])
-
-
 # ---- the result -------------------------------------------------------------------------------
 
 
@@ -461,9 +446,11 @@ def save_student(
     Raises:
         ModelError: Weights or checkpoint cannot be loaded.
     """
-    state = _prepare(config.model_copy(update={"dtype": "float32"}), weights, device="cpu")
-    _restore(state, checkpoint)
-    merged = state.model if config.lora is None else state.model.merge_and_unload()
+    placed = _prepare(
+        config.model_copy(update={"dtype": "float32"}), weights, TrainRuntime()
+    ).placed
+    load_learnt(checkpoint, placed)
+    merged = placed.model if config.lora is None else placed.model.merge_and_unload()
     scratch = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     with quiet_transformers():

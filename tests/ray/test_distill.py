@@ -70,7 +70,7 @@ def taught(tmp_path_factory):
         folder,
         runtime={
             "distill": {"batch_rows": 32, "num_cpus": 0.5},
-            "train": {"num_cpus": 0.5, "threads": 1, "chunk_texts": 4},
+            "train": {"num_cpus": 0.5, "threads": 1, "chunk_tokens": 400},
         },
         llm={"model": "scripted", "engine": "scripted"},
         student=str(save_student_checkpoint(folder / "student")),

@@ -64,7 +64,7 @@ def in_training_code(run, texts, *, instruction):
     encoder = run.config.train.encoder
     weights = run.dir.parent / "checkpoint"
     backbone = load_backbone(weights, dtype="float32")
-    model = PeftModel.from_pretrained(backbone.model, run.dir / "train" / "adapter").eval()
+    model = PeftModel.from_pretrained(backbone.model, run.dir / "train" / "weights").eval()
     embedder = Embedder(Backbone(model, backbone.tokenizer), resolve_contract(weights, encoder))
     if instruction is None:
         return embedder.encode_documents(texts)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from reasonembed.config import DistillConfig
+from reasonembed.config import DistillConfig, TrainRuntime
 from reasonembed.embedder.contract import load_tokenizer
 from reasonembed.redapter import sft
 from reasonembed.redapter.sft import ChatTokenizer, Example
@@ -55,28 +56,47 @@ def examples(checkpoint: Path) -> list[Example]:
 
 
 def step(
-    checkpoint: Path, *, rank: int = 0, world_size: int = 1, chunk_texts: int = 100, texts: int = 9
+    checkpoint: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    chunk_tokens: int = 10_000,
+    texts: int = 9,
+    runtime: TrainRuntime | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    state = sft._prepare(config(lora=None), checkpoint, device="cpu")
+    placed = sft._prepare(config(lora=None), checkpoint, runtime or TrainRuntime()).placed
     loss = sft.sft_step(
-        lambda batch: sft.answer_loss(state.model, batch),
+        lambda batch: sft.answer_loss(placed.model, batch),
         examples(checkpoint)[:texts],
-        parameters=state.parameters,
-        chunk_texts=chunk_texts,
+        parameters=placed.parameters,
+        chunk_tokens=chunk_tokens,
         seed=3,
+        reduction=placed.reduction,
         rank=rank,
         world_size=world_size,
     )
-    return loss, [p.grad for p in state.parameters]
+    return loss, [whole(p.grad) for p in placed.parameters]
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def run(rank: int, world_size: int, checkpoint: Path, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    for texts in (9, 1):  # with one text, the second worker has nothing to do
-        loss, gradients = step(
-            checkpoint, rank=rank, world_size=world_size, chunk_texts=2, texts=texts
-        )
-        torch.save({"loss": loss, "gradients": gradients}, f"{folder}/{rank}-{texts}.pt")
+    for sharding in ("none", "fsdp"):
+        runtime = TrainRuntime.model_validate({"sharding": sharding})
+        for texts in (9, 1):  # with one text, the second worker has nothing to do
+            loss, gradients = step(
+                checkpoint,
+                rank=rank,
+                world_size=world_size,
+                chunk_tokens=60,
+                texts=texts,
+                runtime=runtime,
+            )
+            found = {"loss": loss, "gradients": gradients}
+            torch.save(found, f"{folder}/{rank}-{texts}-{sharding}.pt")
     dist.destroy_process_group()

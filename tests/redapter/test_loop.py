@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 from reasonembed.config import TrainConfig, TrainRuntime
 from reasonembed.corpus import text_hash
 from reasonembed.errors import ConfigError, DriftError, ModelError
+from reasonembed.redapter import loop, objective
 from reasonembed.redapter.batches import BatchPlan, samples_from_rows
-from reasonembed.redapter.loop import learning_rate_at, positive_mask, train
-from reasonembed.redapter.stepping import LORA_TARGETS
+from reasonembed.redapter.loop import learning_rate_at, train
+from reasonembed.redapter.objective import batch_mask
 from tests.embedder.tiny import encoder_config
 from tests.redapter.samples import sample_rows, samples
 
@@ -31,8 +32,8 @@ def config(checkpoint, **changes):
 def run(checkpoint, folder, *, resume_from=None, stop_after=None, runtime=None, **changes):
     reports = []
 
-    def report(metrics, path):
-        reports.append((metrics, path))
+    def report(metrics, saved):
+        reports.append((metrics, saved and saved.wait()))
         if len(reports) == stop_after:
             raise KeyboardInterrupt  # as a lost machine: nothing is tidied up
 
@@ -40,7 +41,7 @@ def run(checkpoint, folder, *, resume_from=None, stop_after=None, runtime=None, 
         config(checkpoint, **changes),
         samples(),
         weights=checkpoint,
-        runtime=runtime or TrainRuntime(checkpoint_every=2, chunk_texts=6, threads=1),
+        runtime=runtime or TrainRuntime(checkpoint_every=2, chunk_tokens=120, threads=1),
         output_dir=folder,
         report=report,
         resume_from=resume_from,
@@ -64,11 +65,12 @@ def test_every_step_is_reported_with_all_metrics(finished):
     assert [metrics["step"] for metrics, _ in reports] == [0, 1, 2, 3, 4]
     paths = [path and path.name for _, path in reports]
     assert paths == [None, "checkpoint-2", None, "checkpoint-4", "checkpoint-5"]
-    assert result.adapter_dir == folder / "checkpoint-5"
+    assert result.weights_dir == folder / "weights"
     expected = {
         "loss", "query_loss", "rewritten_loss", "intensity_min", "intensity_median",
         "intensity_max", "intensity_capped_share", "effective_batch_size", "positive_rank",
-        "learning_rate", "grad_norm", "step", "step_s", "tokens_per_s",
+        "learning_rate", "grad_norm", "step", "step_s", "tokens_per_s", "is_skipped",
+        "queries_at_limit", "batch", "intensity_cap",
     }  # fmt: skip
     for metrics, _ in reports:
         assert set(metrics) == expected
@@ -93,30 +95,34 @@ def test_an_interrupted_run_resumes_bit_for_bit(checkpoint, tmp_path, finished):
         assert {k: v for k, v in found.items() if k not in timed} == {
             k: v for k, v in expected.items() if k not in timed
         }
-    resumed, uninterrupted = adapter(tmp_path / "checkpoint-5"), adapter(folder / "checkpoint-5")
+    resumed, uninterrupted = adapter(tmp_path / "weights"), adapter(folder / "weights")
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
 
 
 def test_resuming_a_finished_run_does_nothing(checkpoint, tmp_path, finished):
-    _, result, _ = finished
-    again, reports = run(checkpoint, tmp_path, resume_from=result.adapter_dir)
-    assert reports == [] and again.adapter_dir == result.adapter_dir
+    folder, _, _ = finished
+    again, reports = run(checkpoint, tmp_path, resume_from=folder / "checkpoint-5")
+    assert reports == [] and again.weights_dir == tmp_path / "weights"
+    written, expected = adapter(tmp_path / "weights"), adapter(folder / "weights")
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(checkpoint, tmp_path, finished):
-    _, result, _ = finished
+    folder, _, _ = finished
     with pytest.raises(DriftError, match="other settings or samples"):
-        run(checkpoint, tmp_path, resume_from=result.adapter_dir, learning_rate=1e-3)
+        run(checkpoint, tmp_path, resume_from=folder / "checkpoint-5", learning_rate=1e-3)
 
 
 def test_training_lowers_the_loss_and_moves_only_the_adapter(checkpoint, tmp_path):
     _, reports = run(checkpoint, tmp_path, max_steps=25)
     losses = [metrics["query_loss"] for metrics, _ in reports]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-    names = adapter(tmp_path / "checkpoint-25").keys()
+    names = adapter(tmp_path / "weights").keys()
     assert all("lora_" in name for name in names)
-    assert {name.split(".")[-3] for name in names} == set(LORA_TARGETS)
+    assert {name.split(".")[-3] for name in names} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
 
 
 def test_masking_known_positives_changes_the_loss(checkpoint, tmp_path):
@@ -129,16 +135,16 @@ def test_masking_known_positives_changes_the_loss(checkpoint, tmp_path):
     def first_loss(mask):
         reports = []
         train(
-            config(checkpoint, max_steps=1, mask_false_negatives=mask),
+            config(checkpoint, max_steps=1, masks=mask),
             twins,
             weights=checkpoint,
             runtime=TrainRuntime(threads=1),
-            output_dir=tmp_path / str(mask),
+            output_dir=tmp_path / str(len(mask)),
             report=lambda metrics, _: reports.append(metrics),
         )
         return reports[0]["query_loss"]
 
-    assert first_loss(True) < first_loss(False) - 0.1
+    assert first_loss(("known_positives",)) < first_loss(()) - 0.1
 
 
 def passage(doc_id, text):
@@ -147,12 +153,13 @@ def passage(doc_id, text):
 
 def masked_texts(checkpoint, rows):
     """For each query id: the chosen positive, and the texts that are masked for it."""
-    plan = BatchPlan(samples_from_rows(rows), config(checkpoint, batch_queries=len(rows)))
+    settings = config(checkpoint, batch_queries=len(rows), masks=["known_positives"])
+    plan = BatchPlan(samples_from_rows(rows), settings)
     found = []
     for epoch in range(8):  # each chooses positives anew
         groups = plan.batch(epoch)
         passages = [one for group in groups for one in group.passages]
-        for group, mask in zip(groups, positive_mask(groups).tolist(), strict=True):
+        for group, mask in zip(groups, batch_mask(settings, groups).tolist(), strict=True):
             texts = sorted(p.text for p, is_masked in zip(passages, mask, strict=True) if is_masked)
             found.append((group.sample.query_id, group.passages[0].text, texts))
     return found
@@ -207,12 +214,12 @@ def test_tasks_of_different_shapes_train_together(checkpoint, tmp_path):
             checkpoint,
             max_steps=None,
             intensity_start_step=100,
-            mask_false_negatives=True,
+            masks=["known_positives", "equal_texts"],
             task_batches={"wide": {"batch_queries": 6, "group_size": 2}},
         ),
         mixed,
         weights=checkpoint,
-        runtime=TrainRuntime(threads=1, chunk_texts=6),
+        runtime=TrainRuntime(threads=1, chunk_tokens=120),
         output_dir=tmp_path,
         report=lambda metrics, _: reports.append(metrics),
     )
@@ -220,13 +227,34 @@ def test_tasks_of_different_shapes_train_together(checkpoint, tmp_path):
     assert sizes == pytest.approx([4, 4, 6], abs=1e-3)  # 8 samples by 4, and 6 by 6
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(checkpoint, tmp_path):
-    with pytest.raises(ModelError, match=r"step 0: loss .*lower train\.learning_rate"):
-        run(checkpoint, tmp_path, temperature=1e-45)
+def test_a_loss_that_is_never_finite_stops_the_run_with_its_queries(checkpoint, tmp_path):
+    with pytest.raises(
+        ModelError, match=r"step 1: loss .*2 such steps.*lower train\.learning_rate.*stdlib-\d"
+    ):
+        run(checkpoint, tmp_path, temperature=1e-45, max_skipped_steps=1)
 
 
-def test_workers_that_do_not_divide_the_batch_are_refused(checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match="3 workers"):
+def test_a_step_that_is_not_finite_is_skipped_and_the_next_goes_on(
+    checkpoint, tmp_path, monkeypatch
+):
+    def infinite_once(config, groups, *, step, cap):
+        compute = objective.batch_loss(config, groups, step=step, cap=cap)
+
+        def computed(*vectors):
+            found = compute(*vectors)
+            factor = float("inf") if step == 1 else 1.0
+            return type(found)(**vars(found) | {"loss": found.loss * factor})
+
+        return computed
+
+    monkeypatch.setattr(loop, "batch_loss", infinite_once)
+    _, reports = run(checkpoint, tmp_path)
+    assert [metrics["is_skipped"] for metrics, _ in reports] == [0, 1, 0, 0, 0]
+    assert all(math.isfinite(m["loss"]) for m, _ in reports if m["step"] != 1)
+
+
+def test_more_workers_than_queries_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match="less than one query for each of 5 workers"):
         train(
             config(checkpoint),
             samples(),
@@ -234,8 +262,47 @@ def test_workers_that_do_not_divide_the_batch_are_refused(checkpoint, tmp_path):
             runtime=TrainRuntime(),
             output_dir=tmp_path,
             report=lambda *_: None,
-            world_size=3,
+            world_size=5,
         )
+
+
+def test_shorter_vectors_must_be_shorter(checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match=r"matryoshka_dimensions \[32\] must lie below the 32"):
+        run(checkpoint, tmp_path, matryoshka_dimensions=[8, 32])
+
+
+OPTIONS = [
+    {"intensity_cap": "adaptive", "intensity_start_step": 0},
+    {"intensity_cap": math.inf, "intensity_start_step": 0},
+    {"targets": "several", "group_size": 4, "matryoshka_dimensions": [8, 16]},
+    {"targets": "graded", "group_size": 4, "intensity_smoothing": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_goes_past_the_paper_trains_and_resumes_bit_for_bit(checkpoint, tmp_path, options):
+    _, whole = run(checkpoint, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, tmp_path / "cut", stop_after=3, **options)
+    resume_from = tmp_path / "cut/checkpoint-2"
+    _, rest = run(checkpoint, tmp_path / "cut", resume_from=resume_from, **options)
+    timed = {"step_s", "tokens_per_s", "peak_share"}
+    for (found, _), (expected, _) in zip(rest, whole[2:], strict=True):
+        assert {k: v for k, v in found.items() if k not in timed} == {
+            k: v for k, v in expected.items() if k not in timed
+        }
+        assert math.isfinite(found["loss"])
+    if options.get("intensity_cap") == "adaptive":
+        caps = [metrics["intensity_cap"] for metrics, _ in whole]
+        assert caps[0] == 5.0 and len(set(caps)) == len(caps)
+
+
+def test_queries_that_reach_their_limit_are_counted(checkpoint, tmp_path):
+    encoder = encoder_config(checkpoint, max_query_tokens=8)
+    _, reports = run(checkpoint, tmp_path, encoder=encoder, max_steps=1)
+    assert reports[0][0]["queries_at_limit"] == 4
+    _, reports = run(checkpoint, tmp_path, max_steps=1)
+    assert reports[0][0]["queries_at_limit"] == 0
 
 
 def test_learning_rate_rises_then_falls_and_is_never_zero(checkpoint):

@@ -5,12 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonembed.redapter.loss import (
-    false_negative_mask,
+    equal_text_mask,
+    graded_nce,
     info_nce,
+    intensity_ratio,
     intensity_weights,
+    known_positive_mask,
+    label_targets,
     reasoning_intensity,
     ri_info_nce,
     scores,
+    several_nce,
+    smoothed,
 )
 
 # τ = 0.1 keeps losses above 1e-3. Below, log-softmax in float32 loses relative precision by
@@ -89,7 +95,7 @@ def test_a_tiny_cap_gives_uniform_weights():
 )
 def test_intensity_stays_in_range_and_weights_sum_to_one(losses, cap):
     ell, ell_r = torch.tensor(losses).T
-    intensity = reasoning_intensity(ell, ell_r, cap=cap, epsilon=1e-6)
+    intensity = reasoning_intensity(intensity_ratio(ell, ell_r, epsilon=1e-6), cap=cap)
     weight = intensity_weights(intensity)
     assert bool((intensity >= 0).all()) and bool((intensity <= cap * (1 + 1e-6)).all())
     assert bool((weight >= 0).all())
@@ -115,9 +121,8 @@ def test_gradient_agrees_with_finite_differences():
     query, rewritten, docs, positives = problem(queries=3, group=2)
     weight = ri_info_nce(query, rewritten, docs, positives, **SETTINGS, is_weighted=True).weight_B
 
-    def loss(query_BD, doc_MD):
-        # In float64, which `scores` would cast away; the weights are constants by definition.
-        scores_BM = query_BD @ doc_MD.T / 0.5
+    def loss(query_BD, doc_MD):  # the weights are constants by definition
+        scores_BM = scores(query_BD, doc_MD, temperature=0.5)
         return (weight.double() * info_nce(scores_BM, positives)).sum()
 
     inputs = [query.double().requires_grad_(), docs.double().requires_grad_()]
@@ -162,15 +167,133 @@ def test_rank_of_the_positive():
     assert found.positive_rank_B.tolist() == [1, 2, 3]
 
 
-def test_mask_takes_out_known_positives_but_never_the_chosen_one():
+def own(columns, num_columns):
+    found = torch.zeros(len(columns), num_columns, dtype=torch.bool)
+    for row, these in enumerate(columns):
+        found[row, these] = True
+    return found
+
+
+def test_known_positives_are_masked_but_never_the_querys_own_targets():
     hashes = ["a", "x", "b", "a", "c", "b"]
-    known = [{"a", "b"}, {"b"}, {"c"}]
-    mask = false_negative_mask(hashes, known, [0, 2, 4])
+    known = [{"a", "b"}, {"b"}, {"c", "nowhere"}]
+    mask = known_positive_mask(hashes, known, own([[0], [2], [4]], 6))
     assert mask.tolist() == [
         [False, False, True, True, False, True],  # its other positive and a twin of its own
         [False, False, False, False, False, True],
         [False] * 6,
     ]
+
+
+def test_a_text_counts_once_for_each_query_as_its_own_target_if_it_is_one():
+    hashes = ["a", "x", "b", "x", "a", "b"]
+    mask = equal_text_mask(hashes, own([[0], [2], [4], [2, 5]], 6))
+    assert mask.tolist() == [
+        [False, False, False, True, True, True],
+        [False, False, False, True, True, True],
+        [True, False, False, True, False, True],  # its own is the later one: the earlier goes
+        [False, False, False, True, True, False],  # two targets of one text are both kept
+    ]
+
+
+def test_half_precision_is_scored_in_float32_and_float64_stays():
+    query, _, docs, _ = problem()
+    assert scores(query.bfloat16(), docs.bfloat16(), temperature=1).dtype is torch.float32
+    assert scores(query.double(), docs.double(), temperature=1).dtype is torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scores(query, docs, temperature=1)
+    torch.testing.assert_close(found, query @ docs.T, rtol=1e-6, atol=1e-6)
+
+
+def one_hot(positives, num_columns):
+    return torch.nn.functional.one_hot(positives, num_columns).float()
+
+
+@pytest.mark.parametrize("of", [several_nce, graded_nce])
+def test_one_target_is_info_nce_again(of):
+    query, _, docs, positives = problem()
+    scores_BM = scores(query, docs, temperature=0.1).requires_grad_()
+    target_BM = one_hot(positives, len(docs))
+    found, expected = of(scores_BM, target_BM), info_nce(scores_BM, positives)
+    torch.testing.assert_close(found, expected, rtol=RTOL, atol=ATOL)
+    gradients = [
+        torch.autograd.grad(x.sum(), scores_BM, retain_graph=True) for x in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=RTOL, atol=ATOL)
+
+
+def test_several_positives_do_not_compete_with_each_other():
+    easy_hard = torch.tensor([[9.0, 3.0, -1.0, -2.0]])
+    target = torch.tensor([[0.5, 0.5, 0, 0]])
+    negatives = np.exp(-1.0) + np.exp(-2.0)
+    expected = np.mean([np.log(1 + negatives / np.exp(s)) for s in (9.0, 3.0)])
+    assert several_nce(easy_hard, target).item() == pytest.approx(expected, rel=1e-5)
+    solved = torch.tensor([[50.0, 40.0, -50.0, -50.0]])
+    assert several_nce(solved, target).item() == pytest.approx(0, abs=1e-6)  # not log 2
+
+
+def test_several_positives_without_any_negative_left_are_finite():
+    scores_BM = torch.tensor([[1.0, float("-inf")]], requires_grad=True)
+    found = several_nce(scores_BM, torch.tensor([[1.0, 0.0]]))
+    (gradient,) = torch.autograd.grad(found.sum(), scores_BM)
+    assert found.item() == 0 and torch.isfinite(gradient).all()
+
+
+def test_graded_targets_are_reached_where_scores_are_log_targets():
+    labels = torch.tensor([[5.0, 4.0, 1.0, 2.0]])
+    target = label_targets(labels)
+    assert target.argsort(descending=True).tolist() == [[0, 1, 3, 2]]
+    assert (target[0, 0] / target[0, 1]).item() == pytest.approx(np.exp(4), rel=1e-4)
+    assert graded_nce(target.log() + 7, target).item() == pytest.approx(0, abs=1e-6)
+    assert graded_nce(torch.zeros(1, 4), target).item() > 1
+    masked = torch.tensor([[1.0, 0.5, float("-inf"), 0.0]])
+    assert torch.isfinite(graded_nce(masked, torch.tensor([[0.7, 0.3, 0.0, 0.0]]))).all()
+
+
+def test_an_infinite_cap_cuts_nothing():
+    inputs = problem()
+    found = ri_info_nce(*inputs, **SETTINGS | {"cap": float("inf")}, is_weighted=True)
+    torch.testing.assert_close(found.intensity_B, found.ratio_B)
+    assert found.ratio_B.max() > 1.2
+
+
+def test_smoothing_goes_from_the_intensities_to_uniform_weights():
+    values = torch.tensor([1.0, 2.0, 5.0, 0.0])
+    assert torch.equal(smoothed(values, share=0), values)
+    torch.testing.assert_close(smoothed(values, share=1), torch.full((4,), 2.0))
+    torch.testing.assert_close(smoothed(values, share=0.5).sum(), values.sum())
+    found = ri_info_nce(*problem(), **SETTINGS, is_weighted=True, smoothing=1.0)
+    torch.testing.assert_close(found.weight_B, torch.full((6,), 1 / 6))
+
+
+def test_shorter_dimensions_are_trained_and_intensity_stays_that_of_all():
+    inputs = problem()
+    whole = ri_info_nce(*inputs, **SETTINGS, is_weighted=True)
+    found = ri_info_nce(*inputs, **SETTINGS, is_weighted=True, dimensions=(4, 8))
+    torch.testing.assert_close(found.weight_B, whole.weight_B)
+    torch.testing.assert_close(found.losses_B, whole.losses_B)
+    query, _, docs, positives = inputs
+    losses = [
+        info_nce(
+            scores(
+                *(torch.nn.functional.normalize(x[:, :d]) for x in (query, docs)), temperature=0.1
+            ),
+            positives,
+        )
+        for d in (4, 8, 16)
+    ]
+    torch.testing.assert_close(found.loss, (whole.weight_B * sum(losses) / 3).sum())
+
+
+def test_other_positives_stand_not_in_the_way_of_the_rank():
+    docs = torch.eye(3)
+    query = torch.nn.functional.normalize(torch.tensor([[3.0, 2, 1]]))
+    target = torch.tensor([[0.5, 0.0, 0.5]])
+    found = ri_info_nce(
+        query, query, docs, torch.tensor([2]), **SETTINGS, is_weighted=True,
+        targets="several", target_BM=target,
+    )  # fmt: skip
+    assert found.positive_rank_B.tolist() == [2]  # only the middle one is above and no positive
 
 
 def test_masked_passages_leave_the_denominator():

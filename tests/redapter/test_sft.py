@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -11,10 +12,11 @@ from reasonembed.config import TrainRuntime
 from reasonembed.embedder.contract import load_tokenizer
 from reasonembed.errors import ConfigError, DriftError, ModelError
 from reasonembed.redapter import sft
+from reasonembed.redapter.checkpoints import load_learnt
 from reasonembed.redapter.sft import ChatTokenizer, Example, StepPlan, fine_tune, save_student
-from reasonembed.redapter.stepping import LORA_TARGETS
 from tests.redapter import chat_student
 from tests.redapter.chat_student import config, examples
+from tests.redapter.saved import learnt
 
 # Padding, chunks and workers change the order of float32 sums; measured about 1e-6 of the largest.
 RELATIVE = 1e-5
@@ -29,8 +31,8 @@ def student(tmp_path_factory):
 def train(student, folder, *, resume_from=None, stop_after=None, **changes):
     reports = []
 
-    def report(metrics, path):
-        reports.append((metrics, path))
+    def report(metrics, saved):
+        reports.append((metrics, saved and saved.wait()))
         if len(reports) == stop_after:
             raise KeyboardInterrupt  # as a lost machine: nothing is tidied up
 
@@ -38,7 +40,7 @@ def train(student, folder, *, resume_from=None, stop_after=None, **changes):
         config(**changes),
         examples(student),
         weights=student,
-        runtime=TrainRuntime(checkpoint_every=2, chunk_texts=2, threads=1),
+        runtime=TrainRuntime(checkpoint_every=2, chunk_tokens=60, threads=1),
         output_dir=folder,
         report=report,
         resume_from=resume_from,
@@ -103,15 +105,15 @@ def test_chunks_give_the_gradient_of_the_slow_mean_over_all_tokens(student):
     loss = slow_loss(model, batch) / sum(example.num_answer for example in batch)
     expected = loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
     assert_same(chat_student.step(student), expected)
-    assert_same(chat_student.step(student, chunk_texts=2), expected)
+    assert_same(chat_student.step(student, chunk_tokens=60), expected)
 
 
-def test_two_workers_give_the_loss_and_the_gradient_of_one(student, tmp_path):
+def test_two_workers_sharded_or_not_give_the_loss_and_the_gradient_of_one(student, tmp_path):
     torch.multiprocessing.spawn(chat_student.run, args=(2, student, str(tmp_path)), nprocs=2)
     for texts in (9, 1):
         expected = chat_student.step(student, texts=texts)
-        for rank in range(2):
-            found = torch.load(tmp_path / f"{rank}-{texts}.pt", weights_only=True)
+        for rank, sharding in itertools.product(range(2), ("none", "fsdp")):
+            found = torch.load(tmp_path / f"{rank}-{texts}-{sharding}.pt", weights_only=True)
             assert_same((found["loss"], found["gradients"]), expected)
 
 
@@ -166,11 +168,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(student, tmp_path, lora):
         return [{k: v for k, v in metrics.items() if k not in TIMED} for metrics, _ in reports]
 
     assert untimed(rest) == untimed(whole[2:])
-    last = f"checkpoint-{len(whole)}/learnt.safetensors"
-    resumed, uninterrupted = (
-        load_file(tmp_path / "cut" / last),
-        load_file(tmp_path / "whole" / last),
-    )
+    last = f"checkpoint-{len(whole)}"
+    resumed, uninterrupted = (learnt(tmp_path / run / last) for run in ("cut", "whole"))
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
 
@@ -196,11 +195,12 @@ def test_what_is_saved_is_what_was_learnt_and_stands_alone(student, tmp_path, ch
     settings = config(epochs=20, **changes)
     for _ in range(2):  # a second time in the place of the first
         save_student(settings, result.checkpoint, weights=student, output_dir=tmp_path / "model")
-    learnt = sft._prepare(settings.model_copy(update={"dtype": "float32"}), student, device="cpu")
-    sft._restore(learnt, result.checkpoint)
+    exact = settings.model_copy(update={"dtype": "float32"})
+    placed = sft._prepare(exact, student, TrainRuntime()).placed
+    load_learnt(result.checkpoint, placed)
     saved, batch = model_of(tmp_path / "model"), examples(student)
     with torch.no_grad():
-        found, expected = (sft.answer_loss(m, batch) for m in (saved, learnt.model.eval()))
+        found, expected = (sft.answer_loss(m, batch) for m in (saved, placed.model.eval()))
     # 16 bits keep 8 bits of mantissa: 2^-9 of every weight.
     tolerance = 3e-2 if settings.dtype == "bfloat16" else 1e-4
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
@@ -212,9 +212,11 @@ def test_what_is_saved_is_what_was_learnt_and_stands_alone(student, tmp_path, ch
 
 
 def test_adapters_train_every_projection_and_nothing_else(finished):
-    names = load_file(finished[0].checkpoint / "learnt.safetensors").keys()
+    names = learnt(finished[0].checkpoint).keys()
     assert all("lora_" in name for name in names)
-    assert {name.split(".")[-4] for name in names} == set(LORA_TARGETS)
+    assert {name.split(".")[-4] for name in names} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(student, tmp_path):

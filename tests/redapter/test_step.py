@@ -1,13 +1,78 @@
 import pytest
 import torch
-import torch.multiprocessing
 
-from reasonembed.redapter.step import _chunks, contrastive_step
+from reasonembed.redapter.loss import ri_info_nce
+from reasonembed.redapter.step import LocalBatch, SumAtEnd, contrastive_step
 from reasonembed.schemas import row_seed
-from tests.redapter import gloo_worker
 
-# Chunks and workers change the order of float32 sums; measured about 3e-7 of the largest entry.
+QUERIES, GROUP, WIDTH, DIM = 8, 3, 5, 12
+# Chunks change the order of float32 sums; measured about 3e-7 of the largest entry.
 RELATIVE = 1e-5
+
+
+def make_encoder(*, dropout=0.0):
+    torch.manual_seed(1)
+    return torch.nn.Sequential(
+        torch.nn.Embedding(50, DIM),
+        torch.nn.Linear(DIM, DIM),
+        torch.nn.Tanh(),
+        torch.nn.Dropout(dropout),
+        torch.nn.Linear(DIM, DIM),
+    )
+
+
+def encode(model, batch):
+    vectors = torch.stack([model(torch.tensor(ids)).mean(dim=0) for ids in batch])
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def make_batch(*, has_rewritten=True):
+    made = torch.Generator().manual_seed(2)
+
+    def texts(count):
+        lengths = torch.randint(1, WIDTH, (count,), generator=made).tolist()
+        return [tuple(torch.randint(0, 50, (n,), generator=made).tolist()) for n in lengths]
+
+    queries, rewritten = texts(QUERIES), texts(QUERIES)
+    return LocalBatch(queries, rewritten if has_rewritten else [], texts(QUERIES * GROUP))
+
+
+def global_loss(query_BD, rewritten_BD, doc_MD):
+    return ri_info_nce(
+        query_BD,
+        rewritten_BD,
+        doc_MD,
+        torch.arange(QUERIES) * GROUP,
+        temperature=0.1,
+        cap=5.0,
+        epsilon=1e-6,
+        is_weighted=True,
+    )
+
+
+def by_count(size):
+    """So many texts a chunk, in the given order."""
+    return lambda lengths: [
+        list(range(len(lengths)))[start : start + size] for start in range(0, len(lengths), size)
+    ]
+
+
+def step(
+    *, chunk=1000, dropout=0.0, encode_with=encode, batch=None, loss=global_loss, reduction=None
+):
+    model = make_encoder(dropout=dropout)
+    parameters = list(model.parameters())
+    output = contrastive_step(
+        lambda ids: encode_with(model, ids),
+        batch or make_batch(),
+        num_queries=QUERIES,
+        global_loss=loss,
+        parameters=parameters,
+        cut=by_count(chunk),
+        seed=3,
+        reduction=reduction,
+    )
+    return output.loss, [parameter.grad for parameter in parameters]
 
 
 def assert_same(found, expected):
@@ -16,75 +81,91 @@ def assert_same(found, expected):
         assert (one - other).abs().max().item() <= RELATIVE * scale
 
 
-def plain_gradient(*, chunk_texts, dropout=0.0):
+def plain_gradient(*, chunk, dropout):
     """The same forward passes kept in one graph: ordinary autograd, no cache."""
-    model, batch = gloo_worker.make_encoder(dropout=dropout), gloo_worker.make_batch()
+    model, batch = make_encoder(dropout=dropout), make_batch()
 
     def embed(texts, seed):
-        rows = [None] * len(texts)
-        for number, chunk in enumerate(_chunks(texts, chunk_texts=chunk_texts)):
+        parts = []
+        for number, rows in enumerate(by_count(chunk)(texts)):
             torch.manual_seed(row_seed(seed, number))
-            vectors = gloo_worker.encode(model, [texts[i] for i in chunk])
-            for index, vector in zip(chunk, vectors, strict=True):
-                rows[index] = vector
-        return torch.stack(rows)
+            parts.append(encode(model, [texts[i] for i in rows]))
+        return torch.cat(parts)
 
     vectors = embed([*batch.queries, *batch.passages], 3)
     rewritten = embed(batch.rewritten_queries, row_seed(3, "rewritten"))
-    num = gloo_worker.QUERIES
-    output = gloo_worker.global_loss(vectors[:num], rewritten, vectors[num:])
+    output = global_loss(vectors[:QUERIES], rewritten, vectors[QUERIES:])
     return output, torch.autograd.grad(output.loss, list(model.parameters()))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("chunk_texts", [1, 5, 32, 1000])
-def test_chunks_give_the_gradient_of_plain_autograd(chunk_texts, dropout):
-    output, gradients = gloo_worker.step(chunk_texts=chunk_texts, dropout=dropout)
-    expected, expected_gradients = plain_gradient(chunk_texts=chunk_texts, dropout=dropout)
+@pytest.mark.parametrize("chunk", [1, 5, 32, 1000])
+def test_chunks_give_the_gradient_of_plain_autograd(chunk, dropout):
+    output, gradients = step(chunk=chunk, dropout=dropout)
+    expected, expected_gradients = plain_gradient(chunk=chunk, dropout=dropout)
     torch.testing.assert_close(output.loss, expected.loss.detach())
     assert_same(gradients, expected_gradients)
     assert max(g.abs().max().item() for g in gradients) > 1e-3
 
 
 def test_without_dropout_the_size_of_chunks_does_not_matter():
-    whole, chunked = gloo_worker.step(), gloo_worker.step(chunk_texts=3)
+    whole, chunked = step(), step(chunk=3)
     torch.testing.assert_close(chunked[0].loss, whole[0].loss)
     assert_same(chunked[1], whole[1])
 
 
 def test_dropout_is_drawn_and_repeats_with_the_seed():
-    first, again = gloo_worker.step(dropout=0.5), gloo_worker.step(dropout=0.5)
+    first, again = step(dropout=0.5), step(dropout=0.5)
     assert torch.equal(first[0].loss, again[0].loss)
-    assert not torch.equal(first[0].loss, gloo_worker.step()[0].loss)
+    assert not torch.equal(first[0].loss, step()[0].loss)
 
 
-def test_one_chunk_is_forwarded_once_and_several_twice():
-    def count_forwards(chunk_texts):
-        model, forwards = gloo_worker.make_encoder(), []
+def forwards(*, chunk, batch=None):
+    seen = []
 
-        def encode(ids):
-            forwards.append((len(ids), torch.is_grad_enabled()))
-            return gloo_worker.encode(model, ids)
+    def counted(model, ids):
+        seen.append((len(ids), torch.is_grad_enabled()))
+        return encode(model, ids)
 
-        contrastive_step(
-            encode,
-            gloo_worker.make_batch(),
-            global_loss=gloo_worker.global_loss,
-            parameters=list(model.parameters()),
-            chunk_texts=chunk_texts,
-            seed=0,
-        )
-        return forwards
-
-    assert count_forwards(32) == [(32, True), (8, False)]
-    assert count_forwards(16) == [*[(16, False)] * 2, (8, False), *[(16, True)] * 2]
+    step(chunk=chunk, encode_with=counted, batch=batch)
+    return seen
 
 
-def test_two_workers_give_the_loss_and_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.spawn(gloo_worker.run, args=(2, str(tmp_path)), nprocs=2)
-    output, gradients = gloo_worker.step()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, value in vars(output).items():
-            torch.testing.assert_close(found["output"][name], value, rtol=RELATIVE, atol=1e-6)
-        assert_same(found["gradients"], gradients)
+def test_k_chunks_are_forwarded_2k_minus_1_times_and_rewritten_queries_once():
+    assert forwards(chunk=32) == [(8, False), (32, True)]
+    assert forwards(chunk=12) == [
+        (8, False),  # q′
+        (12, False), (8, False), (12, True),  # the first chunk last, and its graph is kept
+        (12, True), (8, True),
+    ]  # fmt: skip
+
+
+def test_queries_stand_for_rewritten_ones_where_there_are_none():
+    batch = make_batch(has_rewritten=False)
+    assert forwards(chunk=32, batch=batch) == [(32, True)]
+    output, _ = step(batch=batch)
+    torch.testing.assert_close(output.rewritten_losses_B, output.losses_B)
+
+
+def test_only_the_last_backward_may_reduce_and_gradients_are_finished_once():
+    calls = []
+
+    class Recorded(SumAtEnd):
+        def before_backward(self, *, is_last):
+            calls.append(is_last)
+
+        def finish(self, parameters):
+            calls.append(len(parameters))
+
+    step(chunk=12, reduction=Recorded())
+    assert calls == [False, False, True, 5]
+
+
+def test_a_loss_that_is_not_finite_comes_back_as_such():
+    def infinite(query_BD, rewritten_BD, doc_MD):
+        found = global_loss(query_BD, rewritten_BD, doc_MD)
+        return type(found)(**vars(found) | {"loss": found.loss * float("inf")})
+
+    output, gradients = step(chunk=12, loss=infinite)
+    assert not torch.isfinite(output.loss)
+    assert not all(torch.isfinite(gradient).all() for gradient in gradients)

@@ -1,0 +1,96 @@
+"""The weights that did best on held-out samples, kept beside the checkpoints.
+
+Writes `weights-<step>`, a folder as `checkpoints.write_weights` makes it, and `best.json`, which
+names it. Killed at any moment, `best.json` names a folder that is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_RECORD = "best.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Which weights are best so far.
+
+    Attributes:
+        step: Steps that they have seen.
+        score: What they scored; higher is better.
+    """
+
+    step: int
+    score: float
+
+
+class Best:
+    """Keeps the best weights of a run; made and asked by all workers alike.
+
+    Args:
+        output_dir: Seen by all workers.
+        write: Writes the weights as they are into a folder; called by all workers.
+        is_fresh: Whether the run begins at its first step; what an earlier run kept is forgotten.
+        rank: Of this worker.
+    """
+
+    def __init__(
+        self, output_dir: Path, write: Callable[[Path], object], *, is_fresh: bool, rank: int
+    ) -> None:
+        self._output_dir, self._write, self._rank = output_dir, write, rank
+        if is_fresh and rank == 0:
+            (output_dir / _RECORD).unlink(missing_ok=True)
+        self.record = None if is_fresh else best_record(output_dir)
+
+    def offer(self, step: int, score: float) -> None:
+        """Keeps the weights if they score higher than all before; of equal ones the first stay.
+
+        Args:
+            step: Steps that they have seen.
+            score: The same on all workers.
+        """
+        if self.record is not None and score <= self.record.score:
+            return
+        self.record = Record(step, score)
+        target = self._folder(step)
+        self._write(target)
+        if self._rank == 0:
+            scratch = self._output_dir / f".{_RECORD}"
+            scratch.write_text(json.dumps(asdict(self.record)), encoding="utf-8")
+            scratch.replace(self._output_dir / _RECORD)
+            for other in self._output_dir.glob("weights-*"):
+                if other != target:
+                    shutil.rmtree(other)
+
+    def place(self, target: Path) -> None:
+        """Puts the best weights at `target`, in place of what is there; on rank 0 alone."""
+        assert self.record is not None, "the last step is always measured"
+        if self._rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            scratch = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.copytree(self._folder(self.record.step), scratch, copy_function=_link_or_copy)
+            scratch.rename(target)
+
+    def _folder(self, step: int) -> Path:
+        return self._output_dir / f"weights-{step}"
+
+
+def best_record(output_dir: Path) -> Record | None:
+    """What `Best` keeps in a folder; None if nothing was measured there."""
+    file = output_dir / _RECORD
+    if not file.is_file():
+        return None
+    return Record(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # weights may be many gigabytes
+    except OSError:  # storage without links
+        shutil.copy2(source, target)
