@@ -427,8 +427,13 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a log that processes append to; a line that a kill cut short is left out."""
     if not path.is_file():
         return []
+    return objects(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects among the lines of a text; other lines are left out."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in text.split("\n"):
         with suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict):
@@ -438,8 +443,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
     """Appends one object; begins on a line of its own even if the last writer was killed."""
-    with path.open("ab") as stream:
-        torn = stream.tell() > 0 and path.read_bytes()[-1:] != b"\n"
+    with path.open("a+b") as stream:
+        torn = False
+        if stream.tell() > 0:
+            stream.seek(-1, os.SEEK_END)
+            torn = stream.read() != b"\n"
         stream.write(b"\n" * torn + json.dumps(value, ensure_ascii=False).encode() + b"\n")
 
 

@@ -109,6 +109,27 @@ def distill(
 
 
 @app.command()
+def ablate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A YAML file of configs/ablation/.")],
+    run_dir: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="Another run than the plan names.")
+    ] = None,
+) -> None:
+    """Trains and measures variants of a run over seeds; prints their table; goes on where it was.
+
+    Each variant and seed is a run of its own beside RUN, which is not touched.
+    """
+    from reasonembed.ablation import in_own_process, load_ablation, run_ablation
+
+    def say(line: str) -> None:
+        _out.print(line, markup=False, soft_wrap=True)
+
+    table = run_ablation(load_ablation(plan, run=run_dir), perform=in_own_process, say=say)
+    say(table.read_text(encoding="utf-8"))
+    say(str(table))
+
+
+@app.command()
 def status(run_dir: RunDir) -> None:
     """Shows what each stage of a run has committed."""
     target = Run.existing(run_dir)

@@ -6,8 +6,9 @@ how many, and never does. Unknown keys are errors that name their path.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,7 @@ from reasonembed.schemas import stable_hash
 from reasonembed.tasks import TASKS, Relation, Task
 
 Share = Annotated[float, Field(ge=0, le=1)]
+_Model = TypeVar("_Model", bound=BaseModel)
 _GENERIC = TASKS["generic"]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -328,8 +330,31 @@ class SampleSource(Strict):
     """Samples that were made elsewhere."""
 
     path: str = Field(description="a run directory, or a file or folder of that form")
-    form: Literal["run", "parquet", "reasonembed", "flagembedding"] = "run"
-    task: str | None = Field(None, description="where the form names none")
+    form: Literal[
+        "run",
+        "parquet",
+        "reasonembed",
+        "flagembedding",
+        "msmarco-triples",
+        "msmarco-text-triples",
+        "msmarco-hard-negatives",
+    ] = "run"
+    task: str | None = Field(None, description="where the form names none; MS MARCO's is msmarco")
+    max_negatives: Positive | None = Field(
+        None, description="of an MS MARCO query, drawn by `seed`; default all"
+    )
+    seed: int = 42
+    max_bad_share: Share = Field(
+        0.0, description="of the lines that may be unusable; they are passed over and counted"
+    )
+
+    @model_validator(mode="after")
+    def _of_this_form(self) -> SampleSource:
+        if self.max_negatives is not None and not self.form.startswith("msmarco"):
+            raise ValueError(f"max_negatives is for MS MARCO's forms; this one is {self.form}")
+        if self.max_bad_share and self.form in ("run", "parquet"):
+            raise ValueError(f"max_bad_share is for forms of lines; this one is {self.form}")
+        return self
 
 
 class AssembleConfig(Strict):
@@ -348,6 +373,11 @@ class AssembleConfig(Strict):
     negative_max: Annotated[int, Field(ge=1, le=5)] = 2
     rank_positives: Positive = 1
     rank_negatives: Positive = 8
+    positives_from: Literal["annotated", "source"] = Field(
+        "annotated",
+        description="`source`: a control, not a method: the same samples, but with the document "
+        "that the query was written from as the one positive",
+    )
     max_positives: Positive | None = Field(None, description="of a query, the highest labels first")
     max_negatives: Positive | None = Field(None, description="of a query, the best ranked first")
     held_out_share: Share = Field(
@@ -359,6 +389,15 @@ class AssembleConfig(Strict):
         if self.negative_max >= self.positive_min:
             raise ValueError(
                 f"negative_max {self.negative_max} must lie below positive_min {self.positive_min}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _control_of_this_run(self) -> AssembleConfig:
+        if self.sources and self.positives_from == "source":
+            raise ValueError(
+                "positives_from 'source' needs samples that this run makes; those of sources: come "
+                "with their positives"
             )
         return self
 
@@ -378,17 +417,32 @@ class TaskBatch(Strict):
     group_size: Annotated[int, Field(ge=2)]
 
 
+PAPER_TASK_BATCHES = {
+    "leetcode": TaskBatch(batch_queries=512, group_size=2),
+    "pony": TaskBatch(batch_queries=16, group_size=64),
+}
+"""The released code's tuned shapes; with 64 queries by 16 elsewhere, always 1,024 passages."""
+
+
 class TrainConfig(Strict):
     """RI-InfoNCE fine-tuning (arXiv:2510.08252; the released code's values where it is silent)."""
 
     encoder: EncoderConfig
-    lora: LoRAConfig = LoRAConfig()
+    lora: LoRAConfig | None = Field(LoRAConfig(), description="null trains all weights")
     batch_queries: Positive = Field(
         64, description="queries in a global step, all workers together"
     )
     group_size: Annotated[int, Field(ge=2)] = Field(16, description="1 positive + hard negatives")
-    task_batches: dict[str, TaskBatch] = Field(
-        default_factory=dict, description="tasks that differ, such as leetcode: 512 queries by 2"
+    task_batches: Literal["paper"] | dict[str, TaskBatch] = Field(
+        "paper", description="tasks that differ; paper: leetcode 512 queries by 2, pony 16 by 64"
+    )
+    tail: Literal["carry", "paper"] = Field(
+        "carry",
+        description="an epoch's samples that fill no batch: open the task's next epoch, or (paper) "
+        "are dropped",
+    )
+    small_tasks: Literal["refuse", "merge"] = Field(
+        "refuse", description="tasks with fewer samples than a batch: an error, or mixed batches"
     )
     epochs: Positive = 1
     max_steps: Positive | None = None
@@ -396,11 +450,46 @@ class TrainConfig(Strict):
     warmup_share: Share = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 0.02
-    intensity_cap: Annotated[float, Field(gt=0)] = Field(5.0, description="κ")
+    intensity_cap: Annotated[float, Field(gt=0, allow_inf_nan=True)] | Literal["adaptive"] = Field(
+        5.0, description="κ; .inf for none; adaptive: follows a quantile of what training sees"
+    )
+    intensity_cap_quantile: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="of l / (l′ + ε), which an adaptive κ follows"
+    )
+    intensity_smoothing: Share = Field(0.0, description="λ in RI ← (1 − λ) RI + λ mean RI")
     intensity_start_step: Annotated[int, Field(ge=0)] = 100
     intensity_epsilon: Annotated[float, Field(gt=0)] = 1e-6
-    mask_false_negatives: bool = False
+    targets: Literal["paper", "several", "graded"] = Field(
+        "paper",
+        description="paper: one positive is drawn; several: as many as there are, up to half a "
+        "group; graded: these, with the group's labels as soft targets",
+    )
+    masks: tuple[Literal["known_positives", "equal_texts"], ...] = Field(
+        (), description="passages that are no negatives of a query; the paper masks none"
+    )
+    matryoshka_dimensions: tuple[Positive, ...] = Field(
+        (), description="shorter vectors, cut from the front, that are trained as well"
+    )
+    gradient_scale: Literal["exact", "paper"] = Field(
+        "exact", description="∇L; paper: ∇L divided by the number of workers"
+    )
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        3, description="in a row, whose loss or gradient is not finite; one more ends the training"
+    )
+    validate_every: Positive | None = Field(
+        None, description="steps from one look at held-out samples to the next; default none"
+    )
+    validate_queries: Positive = Field(256, description="held-out samples looked at, at most")
+    keep: Literal["last", "best"] = Field(
+        "last", description="checkpoint that is exported; best: by held-out nDCG@10"
+    )
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> TrainConfig:
+        if self.keep == "best" and self.validate_every is None:
+            raise ValueError("keep 'best' needs validate_every, the steps between measurements")
+        return self
 
 
 class EvaluateConfig(Strict):
@@ -534,17 +623,56 @@ class EngineRuntime(Strict):
 class TrainRuntime(Strict):
     """Workers of the training stage.
 
-    With dropout, the number of workers and `chunk_texts` decide which masks are drawn from the
+    With dropout, the number of workers and `chunk_tokens` decide which masks are drawn from the
     same seed, as another seed would; without it they change a result by rounding alone.
     """
 
-    num_workers: Positive = 1
+    num_workers: Positive = Field(1, description="the most there can be, where min_workers is set")
+    min_workers: Positive | None = Field(
+        None,
+        description="go on with so many while machines are missing; the batch stays the same",
+    )
     use_gpu: bool = False
     num_cpus: Annotated[float, Field(ge=0)] = 1
     threads: Positive | None = None
-    chunk_texts: Positive = Field(8, description="texts a forward; larger batches are cached")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: parameters, gradients and optimizer are cut over the workers"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    compile: bool = Field(False, description="torch.compile, a layer at a time")
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="texts of a forward in one row without padding; auto: where that is faster",
+    )
+    kernels: Literal["none", "liger"] = Field(
+        "none", description="liger: fused kernels of the package liger-kernel, on GPUs"
+    )
+    async_checkpoints: bool = Field(True, description="training goes on while one is written")
+    chunk_tokens: Positive = Field(
+        8_192,
+        description="tokens a forward, padding included; a larger share of the batch is cached",
+    )
     checkpoint_every: Positive = 50
     max_failures: int = 3
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (), description="where each step is noted besides train/log.jsonl"
+    )
+
+    @model_validator(mode="after")
+    def _range_of_workers(self) -> TrainRuntime:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is more than num_workers {self.num_workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_of_gpus(self) -> TrainRuntime:
+        if self.kernels == "liger" and not self.use_gpu:
+            raise ValueError("kernels: liger needs use_gpu: true; on CPUs choose kernels: none")
+        return self
 
 
 class ServeRuntime(Strict):
@@ -604,6 +732,20 @@ class RunConfig(Strict):
     report: ReportConfig = ReportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _imported_samples_are_not_made(cls, data: Any) -> Any:
+        """Samples of other origin need none of the sections that make samples."""
+        if not isinstance(data, dict) or not isinstance(data.get("assemble"), dict):
+            return data
+        if not data["assemble"].get("sources"):
+            return data
+        train = data.get("train")
+        backbone = (isinstance(train, dict) and train.get("encoder")) or {"model": "none"}
+        no_llm = {"llm": {"model": "none", "engine": "scripted"}}
+        unused = dict.fromkeys(("generate", "annotate", "rewrite"), no_llm)
+        return {"mine": {"encoder": backbone}, **unused} | data
+
     @model_validator(mode="after")
     def _across_stages(self) -> RunConfig:
         if "://" in self.run_dir:
@@ -621,16 +763,23 @@ class RunConfig(Strict):
                 f"{self.annotate.label_from!r}; set it to 'expected' or use rule 'threshold'"
             )
         workers, queries = self.runtime.train.num_workers, self.train.batch_queries
-        if queries % workers:
+        if queries < workers:
             raise ValueError(
-                f"train.batch_queries {queries} does not divide by "
+                f"train.batch_queries {queries} is less than one query for each of "
                 f"runtime.train.num_workers {workers}"
+            )
+        if self.train.gradient_scale == "paper" and self.runtime.train.min_workers is not None:
+            raise ValueError(
+                "train.gradient_scale 'paper' divides by the number of workers, which "
+                "runtime.train.min_workers lets change; use 'exact' or a fixed number"
             )
         return self
 
     @model_validator(mode="after")
     def _tasks_that_exist(self) -> RunConfig:
-        if unknown := sorted(self.train.task_batches.keys() - self.task_table.keys()):
+        shapes = self.train.task_batches
+        named = set() if shapes == "paper" else shapes.keys()
+        if unknown := sorted(named - self.task_table.keys()):
             raise ValueError(
                 f"train.task_batches: {unknown[0]!r} is no task; there are: "
                 f"{', '.join(self.task_table)}"
@@ -651,6 +800,18 @@ def load(path: str | Path, *, overrides: list[str] | None = None) -> RunConfig:
         ConfigError: The file is missing or not YAML, an override has no `=`, a key is unknown, or
             a value is out of range; every offending key is listed with its path.
     """
+    data = read_mapping(path)
+    for override in overrides or []:
+        _override(data, override)
+    return parse(data, where=str(path))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: The file is missing, not YAML, or holds something else.
+    """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"no configuration file at {file}; see configs/ for those that ship")
@@ -660,15 +821,18 @@ def load(path: str | Path, *, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{file} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file} must hold a mapping, it holds {type(data).__name__}")
-    for override in overrides or []:
-        _override(data, override)
-    return parse(data, where=str(file))
+    return data
 
 
 def parse(data: dict[str, Any], *, where: str) -> RunConfig:
     """Validates a mapping; see `load` for what is refused."""
+    return validated(RunConfig, data, where=where)
+
+
+def validated(model: type[_Model], data: dict[str, Any], *, where: str) -> _Model:
+    """Validates a mapping as any of the configurations; see `load` for what is refused."""
     try:
-        return RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         lines = [
             f"  {'.'.join(str(part) for part in issue['loc']) or '(whole file)'}: {_say(issue)}"
@@ -689,18 +853,40 @@ def _override(data: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise ConfigError(f"--set {override!r}: expected KEY.KEY=VALUE")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    _set(data, path, value, where=f"--set {override!r}")
+
+
+def _set(data: dict[str, Any], path: str, value: Any, *, where: str) -> None:
     *parents, last = path.split(".")
     node = data
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+            raise ConfigError(f"{where}: {parent!r} is a value, not a section")
         # A copy: a YAML alias is the same mapping, and only the named place is to change.
         node[parent] = node = dict(child)
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    node[last] = value
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any], *, where: str) -> RunConfig:
+    """A configuration with values set by their dotted keys.
+
+    Args:
+        config: Stays as it is.
+        changes: Values by key, such as `{"train.intensity_cap": 2}`.
+        where: What asks for them, for the message.
+
+    Raises:
+        ConfigError: A key is unknown or a value out of range.
+    """
+    data = config.model_dump(mode="json")
+    for path, value in changes.items():
+        _set(data, path, value, where=where)
+    return parse(data, where=where)
 
 
 def flatten(value: Any, *, prefix: str = "") -> dict[str, Any]:

@@ -37,11 +37,25 @@ class Reporter:
 
     @contextmanager
     def watching(
-        self, label: str, *, total: int, done: Callable[[], int], unit: str = "rows"
+        self,
+        label: str,
+        *,
+        total: int,
+        done: Callable[[], int],
+        unit: str = "rows",
+        note: Callable[[], str] = str,
     ) -> Iterator[None]:
-        """Reports `done()` of `total` with rate and remaining time while the body runs."""
+        """Reports `done()` of `total` with rate and remaining time while the body runs.
+
+        Args:
+            label: Of the stage.
+            total: What there is to do.
+            done: How much of it is done.
+            unit: Of both.
+            note: What else there is to say, such as a loss.
+        """
         stop = threading.Event()
-        watch = _Watch(label, total, done, unit)
+        watch = _Watch(label, total, done, unit, note)
         thread = threading.Thread(target=self._loop, args=(watch, stop), daemon=True)
         thread.start()
         try:
@@ -65,8 +79,11 @@ class Reporter:
 class _Watch:
     """Counts, and turns counts into a line."""
 
-    def __init__(self, label: str, total: int, done: Callable[[], int], unit: str) -> None:
+    def __init__(
+        self, label: str, total: int, done: Callable[[], int], unit: str, note: Callable[[], str]
+    ) -> None:
         self.label, self._total, self._done, self._unit = label, total, done, unit
+        self._note = note
         self._start, self._first = time.monotonic(), done()
         self._last = -1
 
@@ -78,4 +95,5 @@ class _Watch:
         passed = time.monotonic() - self._start
         rate = (done - self._first) / passed if passed > 0 else 0.0
         left = f", {duration((self._total - done) / rate)} left" if rate > 0 else ""
-        return f"  {self.label}: {done:,} of {self._total:,} {self._unit}, {rate:.1f}/s{left}"
+        said = f"  {self.label}: {done:,} of {self._total:,} {self._unit}, {rate:.1f}/s{left}"
+        return f"{said}; {note}" if (note := self._note()) else said

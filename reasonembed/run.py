@@ -46,6 +46,7 @@ from reasonembed.evaluation.datasets import Collection, load_collection
 from reasonembed.models import resolve, weights_fingerprint
 from reasonembed.remixer.answers import prompt_fingerprint
 from reasonembed.remixer.assemble import JUDGED_COLUMNS
+from reasonembed.remixer.msmarco import msmarco_files
 from reasonembed.schemas import ARTIFACTS, Status, embeddings, stable_hash
 from reasonembed.tasks import Task
 
@@ -494,6 +495,11 @@ def _assemble(run: Run) -> dict[str, Any]:
 
 
 def _samples_digest(source: SampleSource) -> str:
+    if source.form.startswith("msmarco"):  # a folder that may hold much besides
+        try:
+            return stable_hash(*(file_digest(file) for file in msmarco_files(source)))
+        except ConfigError:
+            return "(missing)"  # as below
     if source.form != "run":
         return file_digest(source.path)
     samples = Artifact.declared(Path(source.path) / "samples", "samples")
@@ -505,8 +511,9 @@ def _samples_digest(source: SampleSource) -> str:
 def _train(run: Run) -> dict[str, Any]:
     encoder = run.encoder_identity(run.config.train.encoder)
     # What samples were made of stands in their identity, so they need not be read for this.
-    counts = {"input.samples.counts": stable_hash(run.artifact("samples").finished())}
-    return run._settings("train") | encoder | run._inputs("samples") | counts
+    keys = sorted(commit.keys_digest for commit in run.artifact("samples").commits())
+    made = {"input.samples.keys": stable_hash(*keys)}
+    return run._settings("train") | encoder | run._inputs("samples") | made
 
 
 def _export(run: Run) -> dict[str, Any]:

@@ -50,6 +50,16 @@ def test_every_configuration_that_ships_loads(path):
     assert parse(again, where="again") == config
 
 
+def test_imported_samples_need_no_section_that_makes_samples():
+    data = {name: minimal()[name] for name in ("run_dir", "corpus", "train")}
+    with pytest.raises(ConfigError, match="generate: Field required"):
+        parse(data, where="test")
+    config = parse(data | {"assemble": {"sources": [{"path": "other"}]}}, where="test")
+    assert config.mine.encoder == config.train.encoder
+    own = {"mine": {"encoder": {"model": "miner"}}, "assemble": {"sources": [{"path": "other"}]}}
+    assert parse(data | own, where="test").mine.encoder.model == "miner"
+
+
 def test_defaults_fill_in(file):
     config = load(file)
     assert config.train.temperature == 0.02
@@ -86,7 +96,8 @@ def test_defaults_fill_in(file):
         ("plan.lengths=[]", ["plan: ", "at least one"]),
         ("assemble.negative_max=3", ["assemble: ", "negative_max 3", "positive_min 3"]),
         ("assemble.rule=rank", ["rule 'rank'", "label_from is 'written'", "'expected'"]),
-        ("runtime.train.num_workers=3", ["batch_queries 64", "num_workers 3"]),
+        ("runtime.train.num_workers=65", ["batch_queries 64", "num_workers 65"]),
+        ("mine.max_source_rank=101", ["mine: ", "max_source_rank 101", "top_k 100"]),
         ("runtime.annotate.min_actors=4", ["runtime.annotate: ", "min_actors 4 > max_actors 1"]),
     ],
 )
@@ -97,6 +108,13 @@ def test_a_mistake_is_named_with_its_path_and_value(file, override, lines):
     assert message.startswith(f"{file}:\n")
     for line in lines:
         assert line in message
+
+
+def test_the_paper_s_scale_needs_a_fixed_number_of_workers(file):
+    both = ["train.gradient_scale=paper", "runtime.train={num_workers: 4, min_workers: 2}"]
+    assert load(file, overrides=both[:1]).train.gradient_scale == "paper"
+    with pytest.raises(ConfigError, match=r"gradient_scale 'paper'.*runtime\.train\.min_workers"):
+        load(file, overrides=both)
 
 
 def test_all_mistakes_are_named_at_once(file):
@@ -121,7 +139,8 @@ def test_a_missing_section_is_named(tmp_path):
         ("train.epochs=3", ("train", "epochs"), 3),
         ("run_dir=/elsewhere", ("run_dir",), "/elsewhere"),
         ("train.learning_rate=3.0e-4", ("train", "learning_rate"), 3e-4),
-        ("train.mask_false_negatives=true", ("train", "mask_false_negatives"), True),
+        ("train.masks=[known_positives]", ("train", "masks"), ("known_positives",)),
+        ("train.intensity_cap=.inf", ("train", "intensity_cap"), float("inf")),
         ("train.max_steps=null", ("train", "max_steps"), None),
         ("train.lora={rank: 8, alpha: 16}", ("train", "lora", "rank"), 8),
         ("plan.education_levels={phd: 1}", ("plan", "education_levels"), {"phd": 1.0}),

@@ -16,7 +16,8 @@ from typing import Literal
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 _MOST_MARKS = 300  # of one series; more overlap and only make the file large
 _WIDTH, _HEIGHT = 440, 230  # of the drawing; small, so that its text stays legible on a phone
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 432, 12, 186
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 424, 12, 186
+_ROW = 20  # height of a bar that lies
 _SMALLEST, _LARGEST = 1e-12, 1e15  # spans and values beyond these have no place on an axis
 NOTHING = "–"
 
@@ -99,25 +100,37 @@ class Series:
     Attributes:
         name: For the legend.
         points: x and y in the order of x; those that are not finite, or vast, are left out.
-        form: A line, or a dot for each point.
+        form: A line, a dot for each point, or a dashed line to compare the others with.
     """
 
     name: str
     points: Sequence[Point]
-    form: Literal["line", "dots"] = "line"
+    form: Literal["line", "dots", "mark"] = "line"
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> Html:
-    """Series over one pair of axes; a sentence where there is nothing to draw."""
+def line_chart(title: str, series: Sequence[Series], *, x_label: str, note: str = "") -> Html:
+    """Series over one pair of axes; a sentence where there is nothing to draw.
+
+    Args:
+        title: What is drawn.
+        series: Up to three, and marks.
+        x_label: Of the axis below.
+        note: One sentence that says what the chart tells.
+    """
     kept = [Series(one.name, _drawable(one.points), one.form) for one in series]
     points = [point for one in kept for point in one.points]
     if not points:
         return _figure(title, (), tag("p", "no data", class_="empty"))
     axes = _Axes.around(points)
     drawn = [_draw(one, axes, place) for place, one in enumerate(kept, start=1) if one.points]
-    names = [one.name for one in kept] if len(kept) > 1 else []
+    legend = [(one.name, _colour(one, place)) for place, one in enumerate(kept, start=1)]
     span = f"{number(axes.y.low, 4)} to {number(axes.y.high, 4)}"
-    return _figure(title, names, _svg(f"{title}, {span}", axes.grid(x_label), *drawn))
+    drawing = _svg(f"{title}, {span}", axes.grid(x_label), *drawn)
+    return _figure(title, legend if len(kept) > 1 else [], drawing, note=note)
+
+
+def _colour(series: Series, place: int) -> str:
+    return "mark" if series.form == "mark" else f"s{place}"
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, x_label: str) -> Html:
@@ -148,6 +161,87 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, x_label: str) ->
     described = ", ".join(f"{name}: {number(value)}" for name, value in bars if value)
     label = _text((10 + _RIGHT) / 2, _HEIGHT - 8, x_label, "middle")
     return _figure(title, (), _svg(f"{title}: {described}", *drawn, floor, label))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How some values lie: 10 % of them are below `low`, 90 % below `high`, the rest in quarters.
+
+    Attributes:
+        name: What they belong to.
+        series: Which of the chart's series they belong to, from 0.
+    """
+
+    name: str
+    series: int
+    low: float
+    first: float
+    median: float
+    third: float
+    high: float
+
+    @classmethod
+    def of(cls, name: str, values: Sequence[float], *, series: int) -> Spread:
+        """The spread of at least one value."""
+        ordered = sorted(values)
+        at = [ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.25, 0.5, 0.75, 0.9)]
+        return cls(name, series, *at)
+
+
+def spread_chart(
+    title: str, spreads: Sequence[Spread], *, names: Sequence[str], x_label: str, note: str = ""
+) -> Html:
+    """A bar from quarter to quarter for each spread, one below the other, with its median.
+
+    Args:
+        title: What is drawn.
+        spreads: In order; those of one name stand together and are named once.
+        names: Of the series.
+        x_label: Of the axis.
+        note: One sentence that says what the chart tells.
+    """
+    if not spreads:
+        return _figure(title, (), tag("p", "no data", class_="empty"), note=note)
+    ends = [end for one in spreads for end in (one.low, one.high)]
+    left, bottom = 130, _TOP + _ROW * len(spreads)
+    scale = _Scale.over(ends, left, _RIGHT, step=0)
+    drawn = []
+    for tick in scale.ticks:
+        x = f"{scale.at(tick):.1f}"
+        drawn.append(tag("line", x1=x, x2=x, y1=_TOP, y2=bottom, class_="grid"))
+        drawn.append(_text(scale.at(tick), bottom + 17, _short(tick), "middle"))
+    for place, one in enumerate(spreads):
+        drawn.append(_spread(one, scale, _TOP + _ROW * place))
+        if place == 0 or spreads[place - 1].name != one.name:
+            short = one.name if len(one.name) <= 19 else f"{one.name[:18]}…"
+            named = tag("title", one.name)
+            y = _TOP + _ROW * (place + 0.5) + 4
+            drawn.append(_text(left - 8, y, join([named, short]), "end"))
+    drawn.append(_text((left + _RIGHT) / 2, bottom + 36, x_label, "middle"))
+    described = ", ".join(
+        f"{one.name} {names[one.series]}: median {_short(one.median)}" for one in spreads
+    )
+    legend = [(name, f"s{place}") for place, name in enumerate(names, start=1)]
+    drawing = _svg(f"{title}: {described}", *drawn, height=bottom + 44)
+    return _figure(title, legend, drawing, note=note)
+
+
+def _spread(one: Spread, scale: _Scale, top: float) -> Html:
+    middle, colour = top + _ROW / 2, f"s{one.series + 1}"
+    low, median, high = (f"{scale.at(value):.1f}" for value in (one.low, one.median, one.high))
+    first, third = scale.at(one.first), scale.at(one.third)
+    bar = tag(
+        "rect",
+        tag("title", " – ".join(_short(v) for v in (one.first, one.median, one.third))),
+        x=f"{first:.1f}",
+        y=f"{middle - 5:.1f}",
+        width=f"{max(1.0, third - first):.1f}",
+        height=10,
+        class_=f"band {colour}",
+    )
+    whole = tag("line", x1=low, x2=high, y1=middle, y2=middle, class_=f"line {colour}")
+    mark = tag("line", x1=median, x2=median, y1=middle - 7, y2=middle + 7, class_="median")
+    return join([whole, bar, mark])
 
 
 def smoothed(points: Sequence[Point], *, share: float = 0.1) -> list[Point]:
@@ -237,13 +331,13 @@ def _draw(series: Series, axes: _Axes, place: int) -> Html:
                 tag("title", f"{_short(x)}: {y:.6g}"),
                 cx=f"{axes.x.at(x):.1f}",
                 cy=f"{axes.y.at(y):.1f}",
-                r=2.5,
-                class_=f"dot s{place}",
+                r=2.5 if len(marks) > 1 else 5,
+                class_=f"dot {_colour(series, place)}",
             )
             for x, y in marks
         )
     path = " ".join(f"{axes.x.at(x):.1f},{axes.y.at(y):.1f}" for x, y in marks)
-    return tag("polyline", points=path, class_=f"line s{place}")
+    return tag("polyline", points=path, class_=f"line {_colour(series, place)}")
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
@@ -253,18 +347,20 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
     return [points[round(place * stride)] for place in range(_MOST_MARKS)]
 
 
-def _svg(description: str, *children: object) -> Html:
+def _svg(description: str, *children: object, height: int = _HEIGHT) -> Html:
     inside = (tag("title", description), *children)
-    return tag("svg", *inside, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img")
+    return tag("svg", *inside, viewBox=f"0 0 {_WIDTH} {height}", role="img")
 
 
 def _text(x: float, y: float, text: object, anchor: str) -> Html:
     return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
 
 
-def _figure(title: str, names: Sequence[str], body: Html) -> Html:
-    legend = [
-        tag("span", tag("i", class_=f"key s{place}"), name, class_="legend")
-        for place, name in enumerate(names, start=1)
+def _figure(title: str, legend: Sequence[tuple[str, str]], body: Html, *, note: str = "") -> Html:
+    """A drawing with its title, the colour of each of its names, and what it tells."""
+    names = [
+        tag("span", tag("i", class_=f"key {colour}"), name, class_="legend")
+        for name, colour in legend
     ]
-    return tag("figure", tag("figcaption", tag("strong", title), *legend), body)
+    said = [tag("p", note, class_="note")] if note else []
+    return tag("figure", tag("figcaption", tag("strong", title), *names), body, *said)

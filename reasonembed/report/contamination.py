@@ -49,7 +49,8 @@ def contaminated(facts: Facts) -> Html:
     if not facts.config.report.benchmarks:
         parts.append(tag("p", _HOW, class_="muted"))
     parts += [tag("p", problem, class_="bad") for problem in problems]
-    for found in contamination(known, texts) if known else ():
+    facts.contamination = contamination(known, texts) if known else []
+    for found in facts.contamination:
         parts += _benchmark(found)
     return join(parts)
 

@@ -1,21 +1,11 @@
-"""Distributions: labels, lengths of queries, reasoning intensity."""
+"""Distributions: labels and lengths of queries."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from reasonembed.report.charts import (
-    Html,
-    Series,
-    bar_chart,
-    join,
-    line_chart,
-    meter,
-    number,
-    table,
-    tag,
-)
+from reasonembed.report.charts import Html, bar_chart, join, meter, number, table, tag
 from reasonembed.report.facts import NOT_RUN, Facts, is_finite
 
 
@@ -33,8 +23,6 @@ def distributions(facts: Facts) -> Html:
             parts.append(bar_chart(title, _quarters(expected), x_label="label"))
     lengths = [*_lengths(facts), *_labels_by_condition(facts)]
     parts += lengths[:1]
-    if facts.steps:
-        parts += _intensity_charts(facts)
     if not parts:
         return NOT_RUN
     return join([tag("div", *parts, class_="charts"), *lengths[1:]])
@@ -139,14 +127,4 @@ def _length_row(low: int, high: int, counts: Sequence[int]) -> list[object]:
         f"{within:.0%}",
         number(counts[len(counts) // 2]),
         number(counts[-1]),
-    ]
-
-
-def _intensity_charts(facts: Facts) -> list[Html]:
-    cap = facts.config.train.intensity_cap
-    lines = [Series(name, facts.points(f"intensity_{name}")) for name in ("median", "max", "min")]
-    capped = [Series("share", facts.points("intensity_capped_share"))]
-    return [
-        line_chart("Reasoning intensity of a step", lines, x_label="step"),
-        line_chart(f"Share of queries at the cap κ = {cap:g}", capped, x_label="step"),
     ]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reasonembed.artifacts import json_lines
 from reasonembed.corpus import CorpusStore
+from reasonembed.redapter.log import SampleLog, TrainLog
+from reasonembed.remixer.contamination import Contamination
 from reasonembed.report.charts import NOTHING, Point, number, tag
 from reasonembed.run import Run
 
@@ -30,6 +31,8 @@ class Facts:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
+        # Set by the section that searches for it: that takes long, and the card says it as well.
+        self.contamination: Sequence[Contamination] | None = None
 
     @cached_property
     def timeline(self) -> list[dict[str, Any]]:
@@ -38,10 +41,13 @@ class Facts:
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """The training log; a resumed run notes a step again, and the later note counts."""
-        rows = json_lines(self.run.dir / "train" / "log.jsonl")
-        by_step = {row["step"]: row for row in rows if is_finite(row.get("step"))}
-        return [by_step[step] for step in sorted(by_step)]
+        """The training log."""
+        return TrainLog(self.run.dir / "train" / "log.jsonl").steps()
+
+    @cached_property
+    def sample_steps(self) -> list[dict[str, Any]]:
+        """What each sample gave in each step of the training."""
+        return SampleLog(self.run.dir / "train" / "samples.jsonl").steps()
 
     @cached_property
     def scorecard(self) -> dict[str, Any] | None:

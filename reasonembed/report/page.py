@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reasonembed.errors import StorageError
 from reasonembed.report.annotator import annotator
+from reasonembed.report.card import write_card
 from reasonembed.report.charts import Html, join, tag
 from reasonembed.report.contamination import contaminated
 from reasonembed.report.costs import costs
@@ -30,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def write_report(run: Run) -> Path:
-    """Writes `report.html` into the run's directory, over an earlier one.
+    """Writes `report.html` into the run's directory, and its model's card, over earlier ones.
 
     Args:
         run: Finished or not.
@@ -53,6 +54,7 @@ def write_report(run: Run) -> Path:
         raise StorageError(
             f"cannot write {file}: {error}; nothing of the run is lost, ask for the report again"
         ) from error
+    write_card(facts)
     return file
 
 

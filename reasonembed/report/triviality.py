@@ -110,7 +110,8 @@ def _off_topic(found: Triviality) -> list[str]:
     return [
         f"Half of the queries rank their own source below {number(control.median)}: they hardly "
         "speak of it, so the control is no copy of the query and the comparison says little. A "
-        "model that keeps to the document is needed."
+        "model that keeps to the document is needed, or mine.max_source_rank, which sets aside "
+        "the queries that do not."
     ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from reasonembed.errors import EvaluationError
-from reasonembed.evaluation.compare import compare
+from reasonembed.evaluation.compare import compare, compare_seeds
 
 
 def values(numbers) -> dict[str, float]:
@@ -62,3 +62,38 @@ def test_both_need_the_same_queries():
         compare(values([0.1, 0.2]), values([0.1]))
     with pytest.raises(EvaluationError, match="at least one"):
         compare({}, {})
+
+
+def test_seeds_are_averaged_by_query_and_compared_in_pairs():
+    a = [values([0.4, 0.6, 0.8]), values([0.6, 0.8, 0.4])]
+    b = [values([0.1, 0.2, 0.3]), values([0.3, 0.2, 0.1])]
+    result = compare_seeds(a, b)
+    assert result.over_queries == compare(values([0.5, 0.7, 0.6]), values([0.2, 0.2, 0.2]))
+    assert result.by_seed == pytest.approx([0.4, 0.4])
+    assert (result.low, result.high) == pytest.approx((0.4, 0.4))
+
+
+def test_the_interval_over_seeds_is_students():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(3)
+    for seeds in (2, 5, 12):
+        differences = rng.normal(0.1, 0.05, size=seeds)
+        result = compare_seeds(
+            [values([one, one]) for one in differences], [values([0, 0])] * seeds
+        )
+        expected = scipy_stats.t.interval(
+            0.95, seeds - 1, loc=differences.mean(), scale=scipy_stats.sem(differences)
+        )
+        assert (result.low, result.high) == pytest.approx(expected, rel=1e-3)  # table of 4 digits
+
+
+def test_one_seed_says_nothing_about_seeds():
+    result = compare_seeds([values([0.4, 0.6])], [values([0.1, 0.2])])
+    assert (result.low, result.high) == (None, None)
+
+
+def test_other_seeds_or_queries_cannot_be_compared():
+    with pytest.raises(EvaluationError, match="same seeds"):
+        compare_seeds([values([1])], [values([1]), values([1])])
+    with pytest.raises(EvaluationError, match="same queries"):
+        compare_seeds([values([1])], [values([1, 2])])

@@ -5,13 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonembed.report.charts import Series, bar_chart, line_chart, meter, number, smoothed, tag
+from reasonembed.report.charts import (
+    Series,
+    Spread,
+    bar_chart,
+    line_chart,
+    meter,
+    number,
+    smoothed,
+    spread_chart,
+    tag,
+)
 from tests.report.parsed_page import Page
 
 ANY = st.floats(allow_nan=True, allow_infinity=True)
 
 
-@given(st.lists(st.tuples(ANY, ANY), max_size=20), st.sampled_from(["line", "dots"]))
+@given(st.lists(st.tuples(ANY, ANY), max_size=20), st.sampled_from(["line", "dots", "mark"]))
 def test_any_points_make_a_chart_inside_its_frame(points, form):
     markup = line_chart("t", [Series("a", points, form), Series("b", points)], x_label="x")
     Page(markup)
@@ -25,7 +35,7 @@ def test_a_chart_keeps_the_ends_of_a_long_series():
     points = [(float(step), float(step)) for step in range(10_000)]
     drawn = re.search(r'points="([^"]*)"', line_chart("t", [Series("a", points)], x_label="x"))[1]
     first, *_, last = drawn.split()
-    assert first.startswith("54.0,") and last.split(",")[0] == "432.0"
+    assert first.startswith("54.0,") and last.split(",")[0] == "424.0"
     assert len(drawn.split()) == 300
 
 
@@ -40,6 +50,27 @@ def test_bars_are_as_high_as_their_values():
     low, high, none = (float(found) for found in re.findall(r' height="([\d.]+)"', markup))
     assert high == pytest.approx(2 * low, abs=0.1) and none == 0
     assert "no data" in bar_chart("t", [("a", 0.0)], x_label="x")
+
+
+def test_a_spread_is_cut_into_quarters():
+    values = [float(value) for value in range(100, -1, -1)]
+    found = Spread.of("a", values, series=1)
+    assert found == Spread("a", 1, low=10, first=25, median=50, third=75, high=90)
+    assert Spread.of("a", [2.0], series=0) == Spread("a", 0, *[2.0] * 5)
+
+
+FINITE = st.floats(min_value=0, max_value=1e9)
+SPREADS = st.lists(st.tuples(st.sampled_from("ab"), st.lists(FINITE, min_size=1)), max_size=6)
+
+
+@given(SPREADS)
+def test_any_spreads_make_a_chart_inside_its_frame(made):
+    spreads = [Spread.of(name, values, series=i % 2) for i, (name, values) in enumerate(made)]
+    markup = spread_chart("t", spreads, names=["early", "late"], x_label="x", note="says <this>")
+    Page(markup)
+    assert "says &lt;this&gt;" in markup and ("no data" in markup) == (not made)
+    for x, width in re.findall(r'<rect x="([\d.]+)"[^>]*? width="([\d.]+)"', markup):
+        assert float(x) >= 130 and float(x) + float(width) <= 440
 
 
 @given(ANY)

@@ -1,0 +1,203 @@
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+import reasonembed.run as run_module
+from reasonembed.ablation import (
+    AblationConfig,
+    load_ablation,
+    output_dir,
+    plan_cells,
+    run_ablation,
+)
+from reasonembed.config import changed, parse, validated
+from reasonembed.errors import ConfigError, ReasonEmbedError
+from reasonembed.run import Run
+from reasonembed.schemas import SAMPLES, from_rows
+from tests.report.small_run import Builder
+
+PLANS = sorted((Path(__file__).parent.parent / "configs" / "ablation").glob("*.yaml"))
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+VARIANTS = [
+    {"name": "base", "changes": {"train.intensity_start_step": 1000}},
+    {"name": "weighted"},
+    {"name": "same as weighted", "changes": {"train.intensity_cap": 5}},
+    {"name": "untrained", "system": "before"},
+    {"name": "control", "changes": {"assemble.positives_from": "source"}},
+]
+
+
+@pytest.fixture(autouse=True)
+def fake_weights(monkeypatch):
+    monkeypatch.setattr(run_module, "resolve", lambda name, *, cache_dir=None: Path(name))
+    monkeypatch.setattr(run_module, "weights_fingerprint", lambda path: f"weights of {path.name}")
+
+
+@pytest.fixture
+def base(tmp_path):
+    builder = Builder(tmp_path)
+    builder.make("corpus", "plan", "generate", "mine", "annotate", "rewrite", "assemble")
+    builder.run.artifact("samples").finish({})
+    builder.run.save_config()
+    return builder.run
+
+
+def plan_of(base, variants=VARIANTS, *, seeds=(1, 2), **more):
+    data = {"run": str(base.dir), "baseline": "base", "seeds": seeds, "variants": variants}
+    return validated(AblationConfig, data | more, where="test")
+
+
+def value(config, system, query):
+    """What a made-up training would give: higher with weights, a little other with each seed."""
+    if system == "before":
+        return 0.1
+    is_weighted = config["train"]["intensity_start_step"] < 1000
+    return 0.3 + 0.2 * is_weighted + 0.01 * config["train"]["seed"] + 0.1 * query
+
+
+class Performer:
+    """Stands for `reasonembed run`; remembers what it was asked for."""
+
+    def __init__(self, *, fails_at=None):
+        self.asked, self._fails_at = [], fails_at
+
+    def __call__(self, file, first):
+        config = yaml.safe_load(file.read_text())
+        self.asked.append((config, first))
+        if len(self.asked) == self._fails_at:
+            raise ReasonEmbedError("no memory")
+        run = Run(parse(config, where=str(file)))
+        assert (run.dir / "samples").exists() == (first == "train")
+        per_query = {
+            system: {f"q{query}": value(config, system, query) for query in range(3)}
+            for system in ("before", "after")
+        }
+        systems = {
+            name: {"ndcg@10": statistics.fmean(values.values()), "recall@100": 0.9}
+            for name, values in per_query.items()
+        }
+        directory = run.directory("evaluate")
+        directory.begin({})
+        directory.finish({"per_query": per_query, "systems": systems})
+
+
+def ablate(plan, performer):
+    table = run_ablation(plan, perform=performer, say=lambda _: None)
+    return table, json.loads(table.with_suffix(".json").read_text())["rows"]
+
+
+def test_every_plan_that_ships_fits_the_quick_start():
+    assert PLANS
+    for path in PLANS:
+        plan = load_ablation(path)
+        quickstart = parse(yaml.safe_load(QUICKSTART.read_text()), where="quickstart")
+        for variant in plan.variants:
+            changed(quickstart, plan.common | variant.changes, where=variant.name)
+
+
+def test_a_cell_for_each_variant_and_seed_but_equal_settings_are_computed_once(base):
+    performer = Performer()
+    _, rows = ablate(plan_of(base), performer)
+    assert [row["variant"] for row in rows] == [one["name"] for one in VARIANTS]
+    assert len(performer.asked) == 6  # base, weighted, control; 2 seeds each
+    assert {config["train"]["seed"] for config, _ in performer.asked} == {1, 2}
+    assert [first for _, first in performer.asked] == ["train"] * 4 + ["assemble"] * 2
+    assert rows[1]["cells"] == rows[2]["cells"]
+
+
+def test_a_finished_cell_is_not_computed_again(base):
+    plan, broken = plan_of(base), Performer(fails_at=3)
+    with pytest.raises(ReasonEmbedError, match="no memory"):
+        ablate(plan, broken)
+    assert (output_dir(plan) / "table.md").is_file()  # what is known so far
+    again = Performer()
+    ablate(plan, again)
+    assert len(again.asked) == 4
+    third = Performer()
+    ablate(plan_of(base, seeds=(1, 2, 3)), third)
+    assert {config["train"]["seed"] for config, _ in third.asked} == {3}
+
+
+def test_other_samples_make_other_cells(base):
+    before = {cell.config.run_dir for cell in plan_cells(plan_of(base))}
+    row = base.artifact("samples").read().to_pylist()[0]
+    more = from_rows([row | {"query_id": "q-new"}], SAMPLES, where="test")
+    base.artifact("samples").commit("more", more)
+    assert before.isdisjoint(cell.config.run_dir for cell in plan_cells(plan_of(base)))
+
+
+def test_the_base_run_is_not_touched_and_lends_its_data(base):
+    before = sorted(base.dir.rglob("*"))
+    performer = Performer()
+    ablate(plan_of(base), performer)
+    assert sorted(base.dir.rglob("*")) == before
+    cell = Run(parse(performer.asked[0][0], where="cell"))
+    assert cell.artifact("samples").read().equals(base.artifact("samples").read())
+
+
+def test_figures(base):
+    table, rows = ablate(plan_of(base), Performer())
+    by_name = {row["variant"]: row for row in rows}
+    # 0.3 + 0.1 of the mean query + 0.015 of the mean seed
+    assert by_name["base"]["mean"] == pytest.approx(0.415)
+    assert by_name["base"]["spread"] == pytest.approx(statistics.stdev([0.01, 0.02]))
+    assert by_name["base"]["against"] is None
+    weighted = by_name["weighted"]["against"]
+    assert weighted["over_queries"]["mean_difference"] == pytest.approx(0.2)
+    assert weighted["low"] == pytest.approx(0.2) == weighted["high"]  # no seed differs
+    assert by_name["untrained"]["by_seed"] == {"1": pytest.approx(0.1), "2": pytest.approx(0.1)}
+    assert by_name["untrained"]["against"]["by_seed"] == pytest.approx([-0.31, -0.32])
+    line = next(line for line in table.read_text().splitlines() if line.startswith("| weighted"))
+    assert "| 0.6150 ± 0.0071 | +0.2000 | +0.2000 to +0.2000 |" in line
+
+
+def test_an_untrained_baseline(base):
+    plan = plan_of(base, VARIANTS[1:4], baseline="untrained")
+    _, rows = ablate(plan, Performer())
+    assert rows[0]["against"]["over_queries"]["mean_difference"] == pytest.approx(0.515)
+    assert rows[2]["against"] is None
+
+
+@pytest.mark.parametrize(
+    ("variants", "more", "message"),
+    [
+        ([*VARIANTS, VARIANTS[0]], {}, "called 'base'"),
+        (VARIANTS, {"baseline": "bas"}, "is no variant"),
+        (VARIANTS, {"seeds": []}, "at least one"),
+        (VARIANTS, {"seeds": [1, 1]}, "each once"),
+        ([{"name": "base", "changes": {"mine.top_k": 3}}], {}, "mine.top_k"),
+        ([{"name": "base", "changes": {"train.seed": 3}}], {}, "train.seed"),
+        ([{"name": "base", "system": "before"}], {}, "no variant is trained"),
+        (
+            [VARIANTS[0], {"name": "x", "system": "before", "changes": {"train.epochs": 3}}],
+            {},
+            "not trained",
+        ),
+    ],
+)
+def test_plans_that_are_refused(base, variants, more, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(base, variants, **more)
+
+
+def test_a_key_that_does_not_exist_names_its_variant(base):
+    plan = plan_of(base, [VARIANTS[0], {"name": "typo", "changes": {"train.intensity_cup": 3}}])
+    with pytest.raises(ConfigError, match=r"variant 'typo'.*\n.*intensity_cup"):
+        plan_cells(plan)
+
+
+def test_a_run_without_samples_is_refused(tmp_path):
+    builder = Builder(tmp_path)
+    builder.make("corpus")
+    builder.run.save_config()
+    with pytest.raises(ConfigError, match="no finished samples"):
+        plan_cells(plan_of(builder.run))
+
+
+def test_a_system_that_was_not_evaluated_is_named(base):
+    plan = plan_of(base, [*VARIANTS, {"name": "BM25", "system": "bm25"}])
+    with pytest.raises(ConfigError, match="bm25 was not evaluated"):
+        ablate(plan, Performer())
