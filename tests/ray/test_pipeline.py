@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.compute as pc
 import pytest
@@ -152,28 +153,26 @@ def test_failed_rows_stay_rows_and_are_retried(tiny, tmp_path):
 
 def test_mistakes_are_answered_before_work_starts(tiny, tmp_path):
     _, config, _ = tiny
+    (tmp_path / "file").write_text("")
+    a, b, c = (f"run_dir={tmp_path / name}" for name in "abc")
     cases = {
-        ("--set", "plan.min_chras=3"): "plan.min_chras: unknown key",
-        ("--set", "train.temperature=-1"): "train.temperature: ",
-        ("--from", "minee"): "no stage 'minee'",
-        ("--from", "train", "--to", "mine"): "comes after",
-        ("--retry", "errors"): "statuses are",
+        ("--set", "plan.min_chras=3"): (2, "plan.min_chras: unknown key"),
+        ("--set", "train.temperature=-1"): (2, "train.temperature: "),
+        ("--from", "minee"): (2, "no stage 'minee'"),
+        ("--from", "train", "--to", "mine"): (2, "comes after"),
+        ("--retry", "errors"): (2, "statuses are"),
+        ("--set", a, "--set", "corpus.source=nowhere"): (1, "nowhere"),
+        ("--set", f"run_dir={tmp_path / 'file' / 'run'}"): (1, "a part of this path is a file"),
+        ("--set", b, "--set", "runtime.annotate.num_gpus=1"): (
+            2,
+            "runtime.annotate asks for 1 GPUs, this machine has 0",
+        ),
+        ("--set", c, "--set", "runtime.train.num_workers=8"): (
+            2,
+            "runtime.train asks for 4 CPUs and leaves nothing",
+        ),
     }
-    for arguments, message in cases.items():
-        done = reasonembed("run", str(config), *arguments)
-        assert done.returncode == 2 and message in done.stderr, (arguments, done.stderr)
-    missing = reasonembed(
-        "run", str(config), "--set", f"run_dir={tmp_path / 'r'}", "--set", "corpus.source=nowhere"
-    )
-    assert missing.returncode == 1 and "nowhere" in missing.stderr
-    for change, message in {
-        "runtime.annotate.num_gpus=1": "runtime.annotate asks for 1 GPUs, this machine has 0",
-        "runtime.train.num_workers=8": "runtime.train asks for 4 CPUs and leaves nothing",
-    }.items():
-        target = f"run_dir={tmp_path / 'r'}"
-        done = reasonembed("run", str(config), "--set", change, "--set", target)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    done = reasonembed("run", str(config), "--set", f"run_dir={blocked / 'run'}")
-    assert done.returncode == 1 and "a part of this path is a file" in done.stderr
+    with ThreadPoolExecutor(2) as pool:  # most of the time is Python's start
+        found = pool.map(lambda arguments: reasonembed("run", str(config), *arguments), cases)
+        for done, (arguments, (code, message)) in zip(found, cases.items(), strict=True):
+            assert done.returncode == code and message in done.stderr, (arguments, done.stderr)
