@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,11 @@ def run(job: Job) -> dict[str, Any]:
     queries, _ = usable_queries(job.run.artifact("queries").read(), max_similarity=limit)
     asked = queries.select(["query_id", "query"]).sort_by("query_id")
     state = {
-        "documents": stable_hash(*documents.table.column("text_id").to_pylist(), size=16),
+        "documents": stable_hash(
+            *documents.table.select(["text_id", "copies"]).to_pylist(), size=16
+        ),
         "queries": stable_hash(*asked.to_pylist(), size=16),
+        "identity": stage.fingerprint if (stage := artifact.stage()) else "",
     }
     notes: dict[str, Any] = {}
     if queries.num_rows and artifact.finished() != state:
@@ -244,12 +248,13 @@ class _BM25:
     """The one process that holds the corpus's words."""
 
     def __init__(self, corpus: Artifact, documents: pa.Table, *, k1: float, b: float) -> None:
-        self._index = BM25Index(texts_at(corpus, documents), k1=k1, b=b)
         self._doc_ids = documents.column("doc_id").combine_chunks()
+        # Made with the first call: Ray does not hand on what a constructor raises.
+        self._index = cache(lambda: BM25Index(texts_at(corpus, documents), k1=k1, b=b))
 
     def search(self, block: pa.Table, k: int) -> tuple[Scores, Positions]:
         shut = excluded_positions(block.column("excluded"), self._doc_ids)
-        return self._index.search(block.column("query").to_pylist(), k=k, excluded=shut)
+        return self._index().search(block.column("query").to_pylist(), k=k, excluded=shut)
 
 
 def _source_scores(job: Job, plan: Plan) -> Callable[[pa.Table], Scores]:
@@ -276,10 +281,9 @@ def _nothing(num_queries: int) -> tuple[Scores, Positions]:
 def _commit(job: Job, artifact: Artifact, plan: Plan, rankers: dict[str, Ranker]) -> dict[str, Any]:
     """Fuses block by block, commits what differs, and says how much that is."""
     config, total = job.run.config.mine, Churn()
-    earlier = artifact
-    if not artifact.commits():  # a second round compares with the first one's
-        name = "candidates-before"
-        earlier = Artifact(job.run.dir / name, schema=artifact.schema, key=artifact.key, name=name)
+    name = "candidates-before"  # a second round compares with the first one's, until it is done
+    before = Artifact(job.run.dir / name, schema=artifact.schema, key=artifact.key, name=name)
+    earlier = before if artifact.finished() is None and before.commits() else artifact
     source_scores = _source_scores(job, plan)
     for number, block in enumerate(plan.blocks):
         found = {name: rank(number, block) for name, rank in rankers.items()}

@@ -374,7 +374,9 @@ class Run:
 
 def _comes_from_outside(field: str) -> bool:
     """Whether a field of an identity changes when documents are added and nothing else does."""
-    return field in ("source.content", "held_out") or field.startswith("input.")
+    given = ("source.content", "held_out", "exclude_ids.content")
+    is_run_file = field.startswith("also.") and field.endswith(".content")
+    return field in given or is_run_file or field.startswith("input.")
 
 
 def _corpus(run: Run) -> dict[str, Any]:
@@ -486,7 +488,10 @@ def _rewrite(run: Run) -> dict[str, Any]:
 
 def _assemble(run: Run) -> dict[str, Any]:
     if sources := run.config.assemble.sources:
-        digests = {f"source.{source.path}": _samples_digest(source) for source in sources}
+        digests = {
+            f"source.{number}.content": _samples_digest(source)
+            for number, source in enumerate(sources)
+        }
         own = {f"instruction.{name}": one.instruction for name, one in run.config.tasks.items()}
         return run._settings("assemble") | digests | own
     inputs = run._inputs("queries", "candidates", "judgments", "rewrites", content=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from threading import Lock
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from reasonembed.index.exact import Pairs, Positions, Scores, Vectors
 
-_PRODUCTS = 2**28  # held at a time: 1 GiB of float32
+_PRODUCTS = 2**28  # held at a time: 1 GiB of float32, and once more to find the best of them
 
 
 class TorchFilter:
@@ -26,7 +27,8 @@ class TorchFilter:
     def __init__(self, device: str, *, products: int = _PRODUCTS) -> None:
         self._device, self._products = torch.device(device), products
         self._lock = Lock()  # blocks come from several threads, memory is planned for one
-        self._held: Vectors | None = None
+        # Weakly, so that whoever holds the array can free it before reading the next one.
+        self._held: weakref.ref[Vectors] | None = None
         self._documents_ND = torch.empty(0)
 
     @torch.inference_mode()
@@ -48,10 +50,10 @@ class TorchFilter:
             return self._filter(queries, margin, k=k, excluded=excluded)
 
     def _load(self, documents_ND: Vectors) -> None:
-        if documents_ND is not self._held:
+        if self._held is None or documents_ND is not self._held():
             self._documents_ND = torch.empty(0)  # freed before the next ones come
             self._documents_ND = torch.tensor(documents_ND, device=self._device)
-            self._held = documents_ND
+            self._held = weakref.ref(documents_ND)
 
     def _filter(
         self,

@@ -372,7 +372,7 @@ def candidates(
         source_scores_Q: What the miner gives each query's source.
         config: `top_k`, `fusion`.
     """
-    source_ranks = _ranks(source_scores_Q, found[MINER][0])
+    source_ranks = _ranks(source_scores_Q, found[MINER][0], top_k=config.top_k)
     names = sorted(found, key=lambda name: (name != MINER, name))
     ids = np.asarray(doc_ids.to_numpy(zero_copy_only=False))
     columns = ["query_id", "source_doc_id", "task", "num_excluded"]
@@ -397,10 +397,10 @@ def candidates(
     return from_rows(table, CANDIDATES, where="candidates")
 
 
-def _ranks(scores_Q: Scores, found_QK: Scores) -> list[int | None]:
-    """Rank of a score among those that were found, 1 is best; None if it is lower than all."""
+def _ranks(scores_Q: Scores, found_QK: Scores, *, top_k: int) -> list[int | None]:
+    """Rank of a score among those that were found, 1 is best; None beyond `top_k`."""
     better_Q = (found_QK > scores_Q[:, None]).sum(axis=1).tolist()
-    return [better + 1 if better < found_QK.shape[1] else None for better in better_Q]
+    return [better + 1 if better < top_k else None for better in better_Q]
 
 
 def keeping_to_source(mined: pa.Table, *, max_source_rank: int | None) -> pa.Table:

@@ -356,6 +356,26 @@ def test_queries_that_stray_are_those_whose_source_is_far_or_not_found():
     assert keeping_to_source(table, max_source_rank=None).equals(table)
 
 
+def test_the_source_s_rank_does_not_hang_on_what_other_queries_find():
+    """Lists are as wide as the longest of their block; where all is found, the rank is known."""
+    config = MineConfig(encoder=EncoderConfig(model="m"), top_k=10)
+    asked = queries("a").append_column("num_excluded", pa.array([1], pa.int32()))
+    ids = pa.array(["a", "b", "c"])
+
+    def rank(width):
+        scores = np.full((1, width), -np.inf, np.float32)
+        positions = np.full((1, width), -1)
+        scores[0, :2], positions[0, :2] = [2, 1], [1, 2]
+        found = {"miner": (scores, positions)}
+        last = np.zeros(1, np.float32)
+        (row,) = candidates(
+            asked, found, doc_ids=ids, source_scores_Q=last, config=config
+        ).to_pylist()
+        return row["source_rank"]
+
+    assert rank(2) == rank(7) == 3
+
+
 def mined(**lists):
     rows = [
         {
