@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from reasonembed import __version__
 from reasonembed.artifacts import link_tree
 from reasonembed.config import (
+    EncoderConfig,
     RunConfig,
     Strict,
     changed,
@@ -38,6 +39,12 @@ TRAINED = "after"
 _REPEATED = ("train", "export", "evaluate")
 _NOT_SHARED = {*_REPEATED, "logs", "annotator"}
 _MAY_CHANGE = ("train.", "assemble.")
+_MAY_BE_COMMON = (*_MAY_CHANGE, "export.", "evaluate.", "runtime.")
+_NEEDS = {
+    "before": "",
+    "miner": " and mined samples, not imported ones",
+    "bm25": " and evaluate.bm25: true",
+}
 
 Perform = Callable[[Path, str], None]
 """Runs a configuration file from a stage to the end."""
@@ -53,7 +60,7 @@ class Variant(Strict):
     system: Literal["after", "before", "miner", "bm25"] = Field(
         "after",
         description="which system of the evaluation; `before` is the backbone as it is. What is "
-        "not trained costs nothing: it is taken from the other variants' cells",
+        "not trained costs nothing: it is taken from cells that keep the run's train.encoder",
     )
 
     @model_validator(mode="after")
@@ -76,14 +83,30 @@ class Variant(Strict):
 class AblationConfig(Strict):
     """What is compared, on which run's samples, with which seeds."""
 
+    name: str = Field(
+        "table", pattern=r"^[^/]+$", description="of the tables; default: the file's, without .yaml"
+    )
     run: str = Field(description="a run whose samples are made; it is not touched")
     out_dir: str | None = Field(None, description="on the same disk; default: RUN-ablation")
     baseline: str = Field(description="name of the variant that the others are compared with")
     seeds: tuple[int, ...] = Field(description="of training; the same for every variant")
     common: dict[str, Any] = Field(
-        default_factory=dict, description="values by key, for every variant"
+        default_factory=dict,
+        description="values by key of train.*, assemble.*, export.*, evaluate.* or runtime.*, for "
+        "every variant",
     )
     variants: tuple[Variant, ...]
+
+    @model_validator(mode="after")
+    def _common_keys(self) -> AblationConfig:
+        for key in self.common:
+            if not key.startswith(_MAY_BE_COMMON) or key == "train.seed":
+                raise ValueError(
+                    f"common {key!r}: what all variants share are keys of train.* (but not "
+                    "train.seed: see seeds), assemble.*, export.*, evaluate.* or runtime.*; no "
+                    "other acts on a cell"
+                )
+        return self
 
     @model_validator(mode="after")
     def _names_and_seeds(self) -> AblationConfig:
@@ -108,12 +131,15 @@ class Cell:
         seed: Of training.
         config: The whole run; its `run_dir` is named by what decides the result.
         first: The stage from which it differs from the base run.
+        untrained: Systems whose figures here are those of the plan: what is trained from another
+            backbone has another `before`.
     """
 
     variant: str
     seed: int
     config: RunConfig
     first: str
+    untrained: frozenset[str]
 
     def card(self) -> dict[str, Any] | None:
         """The evaluation; None while the cell is not finished."""
@@ -130,7 +156,7 @@ def load_ablation(path: str | Path, *, run: str | None = None) -> AblationConfig
     Raises:
         ConfigError: The file is missing or wrong.
     """
-    data = read_mapping(path) | ({"run": run} if run else {})
+    data = {"name": Path(path).stem} | read_mapping(path) | ({"run": run} if run else {})
     return validated(AblationConfig, data, where=str(path))
 
 
@@ -138,21 +164,29 @@ def plan_cells(plan: AblationConfig) -> list[Cell]:
     """Every trained variant with every seed, variants in their order.
 
     Raises:
-        ConfigError: The base run has no finished samples, or a variant does not fit it.
+        ConfigError: The base run has no finished samples, a variant does not fit it, or no cell
+            measures a system that is not trained.
     """
     base = Run.existing(plan.run)
     if base.artifact("samples").finished() is None:
         raise ConfigError(f"{plan.run} has no finished samples; run it up to assemble first")
-    return [
+    cells = [
         _cell(plan, base, variant, seed)
         for variant in plan.variants
         if variant.is_trained
         for seed in plan.seeds
     ]
+    for variant in plan.variants:
+        if not any(_is_row_of(variant, cell) for cell in cells):
+            raise ConfigError(
+                f"variant {variant.name!r}: no cell measures {variant.system}, which needs a "
+                f"trained variant with the run's own train.encoder{_NEEDS[variant.system]}"
+            )
+    return cells
 
 
 def output_dir(plan: AblationConfig) -> Path:
-    """Where the cells and the table lie."""
+    """Where the cells lie, which plans of one run share, and the tables of each plan."""
     return Path(plan.out_dir or f"{plan.run.rstrip('/')}-ablation").absolute()
 
 
@@ -171,9 +205,33 @@ def _cell(plan: AblationConfig, base: Run, variant: Variant, seed: int) -> Cell:
         if not field.startswith(("input.train", "input.export"))
     }
     place = output_dir(plan) / "cells" / fingerprint(identity)[:16]
+    common = changed(base.config, plan.common, where="common")
     return Cell(
-        variant.name, seed, config.model_copy(update={"run_dir": str(place)}), first=stages[0]
+        variant.name,
+        seed,
+        config.model_copy(update={"run_dir": str(place)}),
+        first=stages[0],
+        untrained=_untrained(there, backbone=common.train.encoder),
     )
+
+
+def _untrained(run: Run, *, backbone: EncoderConfig) -> frozenset[str]:
+    """What a cell measures besides its trained model; nothing if `backbone` is not its own."""
+    if run.config.train.encoder != backbone:
+        return frozenset()
+    is_measured = {
+        "before": True,
+        "miner": "mine" in run.stages,
+        "bm25": run.config.evaluate.bm25,
+    }
+    return frozenset(system for system in is_measured if is_measured[system])
+
+
+def _is_row_of(variant: Variant, cell: Cell) -> bool:
+    """Whether a variant's figures stand in a cell."""
+    if variant.is_trained:
+        return cell.variant == variant.name
+    return variant.system in cell.untrained
 
 
 def run_ablation(plan: AblationConfig, *, perform: Perform, say: Callable[[str], None]) -> Path:
@@ -185,7 +243,7 @@ def run_ablation(plan: AblationConfig, *, perform: Perform, say: Callable[[str],
         say: Takes lines for a person.
 
     Returns:
-        The table in Markdown; `table.json` beside it holds its figures.
+        The table in Markdown, named as the plan; the `.json` beside it holds its figures.
 
     Raises:
         ConfigError: See `plan_cells`.
@@ -272,13 +330,11 @@ _Card = Mapping[str, Any]
 
 def table(plan: AblationConfig, cells: Sequence[Cell]) -> list[Row]:
     """The rows of every variant that has a finished cell, in the order of the variants."""
-    found: dict[str, dict[int, tuple[Cell, _Card]]] = {}
-    for cell in cells:
-        if (card := cell.card()) is not None:
-            found.setdefault(cell.variant, {})[cell.seed] = cell, card
-    for variant in plan.variants:
-        if not variant.is_trained:  # the same in every cell of a seed
-            found[variant.name] = {seed: one for own in found.values() for seed, one in own.items()}
+    finished = [(cell, card) for cell in cells if (card := cell.card()) is not None]
+    found = {  # what is not trained is the same in every such cell of a seed
+        variant.name: {one[0].seed: one for one in finished if _is_row_of(variant, one[0])}
+        for variant in plan.variants
+    }
     return [_row(plan, variant, found) for variant in plan.variants if found.get(variant.name)]
 
 
@@ -304,12 +360,7 @@ def _row(
 def _by_query(
     variant: Variant, found: Mapping[str, Mapping[int, tuple[Cell, _Card]]]
 ) -> dict[int, dict[str, float]]:
-    cards = found.get(variant.name, {}).items()
-    if missing := [seed for seed, (_, card) in cards if variant.system not in card["systems"]]:
-        raise ConfigError(
-            f"variant {variant.name!r}: {variant.system} was not evaluated (seeds {missing}); see "
-            "evaluate.bm25"
-        )
+    cards = found[variant.name].items()
     return {seed: card["per_query"][variant.system] for seed, (_, card) in cards}
 
 
@@ -327,8 +378,9 @@ def _write_table(plan: AblationConfig, cells: Sequence[Cell]) -> Path:
         "changes": {variant.name: _yaml(variant.changes) for variant in plan.variants},
         "rows": [asdict(row) | {"mean": row.mean, "spread": row.spread} for row in rows],
     }
-    (folder / "table.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    file = folder / "table.md"
+    figures = json.dumps(written, indent=1) + "\n"
+    (folder / f"{plan.name}.json").write_text(figures, encoding="utf-8")
+    file = folder / f"{plan.name}.md"
     file.write_text(markdown(plan, rows), encoding="utf-8")
     return file
 

@@ -53,7 +53,7 @@ def plan_of(base, variants=VARIANTS, *, seeds=(1, 2), **more):
 def value(config, system, query):
     """What a made-up training would give: higher with weights, a little other with each seed."""
     if system == "before":
-        return 0.1
+        return 0.1 if config["train"]["encoder"]["model"] == "backbone-model" else 0.7
     is_weighted = config["train"]["intensity_start_step"] < 1000
     return 0.3 + 0.2 * is_weighted + 0.01 * config["train"]["seed"] + 0.1 * query
 
@@ -112,7 +112,7 @@ def test_a_finished_cell_is_not_computed_again(base):
     plan, broken = plan_of(base), Performer(fails_at=3)
     with pytest.raises(ReasonEmbedError, match="no memory"):
         ablate(plan, broken)
-    assert (output_dir(plan) / "table.md").is_file()  # what is known so far
+    assert (output_dir(plan) / f"{plan.name}.md").is_file()  # what is known so far
     again = Performer()
     ablate(plan, again)
     assert len(again.asked) == 4
@@ -176,6 +176,10 @@ def test_an_untrained_baseline(base):
             {},
             "not trained",
         ),
+        *[
+            (VARIANTS, {"common": {"train.epochs": 2, key: 3}}, f"common '{key}'")
+            for key in ("mine.top_k", "generate.tries", "train.seed", "run_dir", "train")
+        ],
     ],
 )
 def test_plans_that_are_refused(base, variants, more, message):
@@ -197,7 +201,62 @@ def test_a_run_without_samples_is_refused(tmp_path):
         plan_cells(plan_of(builder.run))
 
 
-def test_a_system_that_was_not_evaluated_is_named(base):
-    plan = plan_of(base, [*VARIANTS, {"name": "BM25", "system": "bm25"}])
-    with pytest.raises(ConfigError, match="bm25 was not evaluated"):
-        ablate(plan, Performer())
+def test_what_all_variants_share_may_act_on_every_stage_of_a_cell(base):
+    common = {
+        "train.epochs": 2, "assemble.positives_from": "source", "export.golden_texts": 2,
+        "evaluate.bm25": False, "runtime.train.num_workers": 2,
+    }  # fmt: skip
+    config = plan_cells(plan_of(base, common=common))[0].config
+    assert (config.train.epochs, config.export.golden_texts) == (2, 2)
+    assert config.runtime.train.num_workers == 2 and not config.evaluate.bm25
+
+
+def test_plans_of_one_run_share_cells_and_have_a_table_each(base, tmp_path):
+    tables = []
+    for name, variants in (("first", VARIANTS[:2]), ("second", VARIANTS[:1])):
+        data = {"run": str(base.dir), "baseline": "base", "seeds": [1], "variants": variants}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(data))
+        performer = Performer()
+        tables.append(ablate(load_ablation(file), performer))
+    assert performer.asked == []  # the second's one cell is the first's
+    assert [path.name for path, _ in tables] == ["first.md", "second.md"]
+    assert [len(rows) for _, rows in tables] == [2, 1]
+    assert json.loads(tables[0][0].with_suffix(".json").read_text())["rows"] == tables[0][1]
+
+
+ELSEWHERE = {"name": "elsewhere", "changes": {"train.encoder.model": "other-model"}}
+
+
+def test_an_untrained_row_is_of_the_run_s_own_backbone(base):
+    _, rows = ablate(plan_of(base, [VARIANTS[0], VARIANTS[3], ELSEWHERE]), Performer())
+    by_name = {row["variant"]: row for row in rows}
+    assert by_name["untrained"]["by_seed"] == {"1": pytest.approx(0.1), "2": pytest.approx(0.1)}
+    assert by_name["untrained"]["cells"] == by_name["base"]["cells"]
+    common = {"train.encoder.model": "other-model"}
+    _, rows = ablate(plan_of(base, [VARIANTS[0], VARIANTS[3]], common=common), Performer())
+    assert rows[1]["mean"] == pytest.approx(0.7)  # what all variants begin with
+
+
+@pytest.mark.parametrize(
+    ("system", "variants", "common", "needs"),
+    [
+        ("before", [ELSEWHERE], {}, r"run's own train\.encoder"),
+        ("bm25", [VARIANTS[0]], {"evaluate.bm25": False}, "evaluate.bm25: true"),
+        ("miner", [VARIANTS[0]], {"assemble.sources": [{"path": "run"}]}, "not imported"),
+    ],
+)
+def test_a_system_that_no_cell_would_measure_is_refused_before_training(
+    base, system, variants, common, needs
+):
+    variants = [*variants, {"name": "row", "system": system}]
+    plan = plan_of(base, variants, common=common, baseline="row")
+    performer = Performer()
+    with pytest.raises(ConfigError, match=f"'row': no cell measures {system}.*{needs}"):
+        ablate(plan, performer)
+    assert performer.asked == []
+
+
+def test_what_is_evaluated_may_be_a_row(base):
+    others = [{"name": system, "system": system} for system in ("bm25", "miner")]
+    assert plan_cells(plan_of(base, [*VARIANTS, *others]))

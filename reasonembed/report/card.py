@@ -7,13 +7,18 @@ the model is exported and again with every report, when evaluation and contamina
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from reasonembed import __version__
+from reasonembed.config import PAPER_TASK_BATCHES, TaskBatch
+from reasonembed.corpus import PYTHON_STDLIB
 from reasonembed.embedder.contract import CONTRACT_FILE, Pooling, TokenisationContract
 from reasonembed.embedder.tokenisation import apply_template
 from reasonembed.errors import ModelError, ReasonEmbedError, StorageError
@@ -65,7 +70,7 @@ def card(facts: Facts) -> str:
         "Limits": _limits(facts, contract),
     }
     parts = [
-        f"---\n{_front_matter(base, licence)}---",
+        f"---\n{_front_matter(base, licence, languages=_languages(facts))}---",
         f"# {facts.run.dir.resolve().name}",
         _summary(facts, contract),
         *(f"## {title}\n\n{text}" for title, text in sections.items()),
@@ -130,9 +135,15 @@ def _json_of(file: Path | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _front_matter(base: str | None, licence: str) -> str:
-    matter: dict[str, Any] = {
-        "language": ["en"],
+def _languages(facts: Facts) -> list[str]:
+    """Of the texts that it was trained on; empty where nothing says so."""
+    is_stdlib = facts.config.corpus.source == PYTHON_STDLIB and not facts.config.assemble.sources
+    return ["en"] if is_stdlib else []
+
+
+def _front_matter(base: str | None, licence: str, *, languages: list[str]) -> str:
+    matter: dict[str, Any] = {"language": languages} if languages else {}
+    matter |= {
         "license": licence,
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
@@ -219,16 +230,20 @@ def _contamination(facts: Facts) -> str:
 def _training(facts: Facts) -> str:
     config = facts.config.train
     made = facts.run.directory("train").finished() or {}
-    lora = config.lora
+    lora, shapes = config.lora, _shapes(facts)
     rows = {
-        "objective": "InfoNCE; samples with a rewritten query weigh by reasoning intensity",
+        "objective": _objective(facts, made.get("step kept", made.get("steps", 0))),
         "adapters": f"LoRA, rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g}, merged"
         if lora
         else "none: all weights were trained",
-        "queries in a step": config.batch_queries,
-        "passages a query": f"{config.group_size}, those of the other queries as negatives too",
-        "epochs": config.epochs,
+        "queries in a step": _each({task: one.batch_queries for task, one in shapes.items()}),
+        "passages a query": f"{_each({task: one.group_size for task, one in shapes.items()})}, "
+        "those of the other queries as negatives too",
+        "epochs": "not counted: the number of steps was given"
+        if config.max_steps
+        else config.epochs,
         "steps": made.get("steps", "not recorded"),
+        **_kept(facts, made),
         "last loss": made.get("loss", "not recorded"),
         "learning rate": f"{config.learning_rate:g}",
         "temperature": f"{config.temperature:g}",
@@ -244,6 +259,57 @@ def _training(facts: Facts) -> str:
         f"| | |\n|---|---|\n{table}\n\n<details><summary>All settings</summary>\n\n"
         f"```yaml\n{whole}```\n\n</details>"
     )
+
+
+def _objective(facts: Facts, steps: int) -> str:
+    """The loss that the exported weights have seen in `steps` steps."""
+    start = facts.config.train.intensity_start_step
+    samples = _trained_on(facts, "query", "rewritten_query") if start < steps else None
+    if samples is None:
+        return "InfoNCE"
+    is_rewritten = pc.not_equal(samples["query"], samples["rewritten_query"])
+    if not pc.any(is_rewritten).as_py():
+        return "InfoNCE"
+    return (
+        "InfoNCE; samples with a rewritten query weigh by reasoning intensity from step "
+        f"{number(start)} on"
+    )
+
+
+def _trained_on(facts: Facts, *columns: str) -> pa.Table | None:
+    """Columns of the samples that are not held out; None where there are no samples any more."""
+    samples = facts.rows("samples", "split", *columns)
+    return None if samples is None else samples.filter(pc.field("split") == TRAIN)
+
+
+def _shapes(facts: Facts) -> dict[str, TaskBatch]:
+    """Batch shape of each task that was trained on."""
+    config = facts.config.train
+    common = TaskBatch(batch_queries=config.batch_queries, group_size=config.group_size)
+    own = PAPER_TASK_BATCHES if config.task_batches == "paper" else config.task_batches
+    samples = _trained_on(facts, "task")
+    tasks = Counter(() if samples is None else samples["task"].to_pylist())
+    shapes = {task: own.get(task, common) for task in tasks or [facts.config.corpus.task]}
+    if config.small_tasks == "merge":
+        small = {task for task in tasks if tasks[task] < shapes[task].batch_queries}
+        shapes |= dict.fromkeys(small, common)
+    return dict(sorted(shapes.items()))
+
+
+def _each(figures: Mapping[str, int]) -> str:
+    """A figure, with the tasks that have it where they differ."""
+    tasks: dict[int, list[str]] = {}
+    for task, figure in figures.items():
+        tasks.setdefault(figure, []).append(f"`{task}`")
+    if len(tasks) == 1:
+        return str(*tasks)
+    return "; ".join(f"{figure} of {', '.join(names)}" for figure, names in tasks.items())
+
+
+def _kept(facts: Facts, made: Mapping[str, Any]) -> dict[str, str]:
+    if facts.config.train.keep != "best":
+        return {}
+    return {"step kept": f"{made.get('step kept', 'not recorded')}, the best by held-out nDCG@10"}
 
 
 def _evaluation(facts: Facts) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -88,18 +88,35 @@ def _chart(title: str, seen: list[_Seen], key: Callable[[_Seen], tuple[int, str]
         for late, values in enumerate(parts)
         if values
     ]
-    middles = {name: median(late or early) for (_, name), (early, late) in shown}
+    return spread_chart(
+        title,
+        spreads,
+        names=_PARTS,
+        x_label="intensity: quarters, and 10 % to 90 %",
+        note=_note(groups, num_shown=len(shown)),
+    )
+
+
+def _note(
+    groups: Mapping[tuple[int, str], tuple[list[float], list[float]]], *, num_shown: int
+) -> str:
+    """Which group is highest and which lowest, of all; at the start if none was seen late."""
+    start, end = (
+        {name: median(parts[late]) for (_, name), parts in groups.items() if parts[late]}
+        for late in (0, 1)
+    )
+    when, middles = ("end", end) if end else ("start", start)
     low, high = min(middles, key=middles.__getitem__), max(middles, key=middles.__getitem__)
     if len(middles) == 1:
-        note = f"At the end the median is {middles[high]:.2f}."
+        note = f"At the {when} the median is {middles[high]:.2f}."
     else:
         note = (
-            f"At the end the median is highest for {high} ({middles[high]:.2f}) and lowest for "
+            f"At the {when} the median is highest for {high} ({middles[high]:.2f}) and lowest for "
             f"{low} ({middles[low]:.2f})."
         )
-    return spread_chart(
-        title, spreads, names=_PARTS, x_label="intensity: quarters, and 10 % to 90 %", note=note
-    )
+    if len(groups) > num_shown:
+        note += f" Drawn are the first {num_shown} of {len(groups)} by name."
+    return note
 
 
 def _said(seen: list[_Seen]) -> str:

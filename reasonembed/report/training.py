@@ -22,7 +22,8 @@ def trained(facts: Facts) -> Html:
 def _said(facts: Facts) -> str:
     config, steps = facts.config.train, facts.steps
     start = number(config.intensity_start_step)
-    said = [f"{number(len(steps))} steps, weighted by reasoning intensity from step {start} on."]
+    how = "weighted" if config.intensity_start_step < len(steps) else "to be weighted"
+    said = [f"{number(len(steps))} steps, {how} by reasoning intensity from step {start} on."]
     skipped = sum(is_finite(row.get("is_skipped")) and row["is_skipped"] > 0 for row in steps)
     if skipped:
         plural = "" if skipped == 1 else "s"

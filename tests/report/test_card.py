@@ -11,7 +11,7 @@ from reasonembed.embedder import Embedder, resolve_contract
 from reasonembed.errors import ModelError
 from reasonembed.redapter.export import export
 from reasonembed.report import write_report
-from reasonembed.report.card import card, write_card
+from reasonembed.report.card import _languages, _training, card, write_card
 from reasonembed.report.facts import Facts
 from tests.embedder.tiny import save_checkpoint
 from tests.report.small_run import STAGES, Builder
@@ -69,7 +69,6 @@ def test_the_front_matter_is_what_the_hub_reads(run):
     text = (run.model_dir / "README.md").read_text(encoding="utf-8")
     matter, _ = parts(text)
     assert matter == {
-        "language": ["en"],
         "license": "apache-2.0",
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
@@ -104,6 +103,73 @@ def test_the_figures_are_the_run_s_own(run):
     assert "3 queries; exact search by cosine" in said["Evaluation"]
     assert "95 % interval " in said["Evaluation"]
     assert "licence `apache-2.0`" in said["Base model and licence"]
+
+
+def trained(folder, *, tasks=("generic",), is_rewritten=True, made=None, **settings):
+    """The card's table of a training, by name."""
+    samples = Builder(folder / "first").make(*STAGES[: STAGES.index("train")]).run
+    row = samples.artifact("samples").read().to_pylist()[0]
+    changes = {} if is_rewritten else {"rewritten_query": row["query"]}
+    rows = [
+        row | changes | {"query_id": f"q{place}", "task": task} for place, task in enumerate(tasks)
+    ]
+    held_out = row | {"query_id": "held out", "task": "pony", "split": "held_out"}
+    train = {"encoder": {"model": "backbone-model"}} | settings
+    builder = Builder(folder / "second", train=train)
+    builder.commit("samples", [*rows, held_out])
+    directory = builder.run.directory("train")
+    directory.begin({})
+    directory.finish(made or {"steps": 300, "step kept": 300})
+    return dict(re.findall(r"^\| (.+?) \| (.+) \|$", _training(Facts(builder.run)), re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings", "queries", "passages"),
+    [
+        (["biology", "earth_science"], {}, "64", "16"),
+        (["leetcode"], {}, "512", "2"),
+        (["leetcode"], {"task_batches": {}}, "64", "16"),
+        (["leetcode", "biology"], {}, "64 of `biology`; 512 of `leetcode`", "16 of `biology`; 2"),
+        (["leetcode", "biology"], {"small_tasks": "merge"}, "64", "16"),
+    ],
+)
+def test_the_shape_of_a_step_is_that_of_the_run_s_tasks(
+    tmp_path, tasks, settings, queries, passages
+):
+    said = trained(tmp_path, tasks=tasks, **settings)
+    assert said["queries in a step"] == queries
+    assert said["passages a query"].startswith(passages)
+
+
+def test_intensity_is_named_where_it_weighed_something(tmp_path):
+    weighted = "InfoNCE; samples with a rewritten query weigh by reasoning intensity from step 100"
+    assert trained(tmp_path / "a")["objective"].startswith(weighted)
+    few = trained(tmp_path / "b", made={"steps": 100, "step kept": 100})
+    assert few["objective"] == "InfoNCE"
+    assert trained(tmp_path / "c", is_rewritten=False)["objective"] == "InfoNCE"
+    early = trained(tmp_path / "d", made={"steps": 300, "step kept": 50})
+    assert early["objective"] == "InfoNCE"  # of the weights that were kept
+
+
+def test_what_ended_the_training_and_what_was_kept_is_named(tmp_path):
+    whole = trained(tmp_path / "a", epochs=2)
+    assert whole["epochs"] == "2" and "step kept" not in whole
+    best = {"keep": "best", "validate_every": 10, "max_steps": 300}
+    cut = trained(tmp_path / "b", made={"steps": 300, "step kept": 120}, **best)
+    assert cut["epochs"] == "not counted: the number of steps was given"
+    assert cut["steps"] == "300"
+    assert cut["step kept"] == "120, the best by held-out nDCG@10"
+
+
+def test_a_language_is_named_where_it_is_known(tmp_path):
+    def languages(folder, **settings):
+        return _languages(Facts(Builder(folder, **settings).run))
+
+    stdlib = {"corpus": {"source": "python-stdlib"}}
+    assert languages(tmp_path / "a", **stdlib) == ["en"]
+    assert languages(tmp_path / "b") == []
+    imported = {"assemble": {"sources": [{"path": "samples.jsonl"}]}}
+    assert languages(tmp_path / "c", **stdlib, **imported) == []
 
 
 def test_what_was_not_measured_is_said(run):

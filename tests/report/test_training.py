@@ -117,6 +117,43 @@ def test_intensity_by_task_length_and_label_early_and_late(tmp_path):
     assert any("label 4 first third of the steps: median 3" in t for t in described)
 
 
+def with_tasks(builder, number):
+    """Samples as many as tasks, in one step early and one step late."""
+    row = builder.run.artifact("samples").read().to_pylist()[0]
+    tasks = [f"task-{place:02}" for place in range(number)]
+    rows = [row | {"query_id": f"q-{task}", "task": task} for task in tasks]
+    builder.run.artifact("samples").discard()
+    builder.commit("samples", rows)
+
+
+def test_the_highest_and_the_lowest_task_are_of_all_and_what_is_not_drawn_is_counted(tmp_path):
+    builder = trained(tmp_path)
+    with_tasks(builder, 30)
+    note_samples(builder, intensity=lambda step, place: 1.0 + place / 10)
+    page = page_of(builder)
+    text = section(page)
+    assert "highest for task-29 (3.90) and lowest for task-00 (1.00)." in text
+    assert "Drawn are the first 24 of 30 by name." in text
+    (described,) = [t for t in page.texts if t.startswith("Reasoning intensity by task: ")]
+    assert "task-23" in described and "task-24" not in described
+    assert text.count("Drawn are") == 1  # the other charts have all
+
+
+def test_a_group_that_was_not_seen_late_is_not_of_the_end(tmp_path):
+    builder = trained(tmp_path)
+    with_tasks(builder, 2)
+    note_samples(builder, steps=30, intensity=lambda step, place: 2.0 + place)
+    file = builder.run.dir / "train" / "samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[15:]:  # late: the first task alone, and no labels
+        row |= {key: row[key][:1] for key in ("query_ids", "intensity")} | {"labels": [None]}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = section(page_of(builder))
+    assert "At the end the median is 2.00." in text  # of the one task that was seen
+    assert "At the start the median is highest for label 5 (3.00) and lowest for label 4" in text
+    assert "At the end the median is highest" not in text
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_few_steps_and_lost_samples_do_no_harm(tmp_path, steps):
     builder = trained(tmp_path, steps=max(1, steps))
