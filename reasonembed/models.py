@@ -91,42 +91,58 @@ def resolve(name: str, *, cache_dir: str | None = None) -> Path:
     return _from_hub(name)
 
 
+_DECIDES_VECTORS = (
+    "config.json",
+    "modules.json",
+    "[0-9]*_*/config.json",  # sentence-transformers' modules, the pooling among them
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "*.safetensors",
+)
 _HOW_IT_WAS_MADE = {"transformers_version", "local_files_only", "name_or_path", "_name_or_path"}
 
 
 def weights_fingerprint(path: Path) -> str:
-    """Identifies weights, tokenizer and chat template by content.
+    """Identifies weights, tokenizer, chat template and pooling by content.
 
     What the JSON files say of how they were written is left out: the same weights converted by
-    another machine, offline or not, are the same weights.
+    another machine, offline or not, are the same weights. So is the `contract.json` of an export:
+    it holds this fingerprint, and whoever reads the folder by a configuration must agree with it.
 
     Memoised by path, size and modification time.
 
     Raises:
         ModelError: The folder holds no config.json or no safetensors file.
     """
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    files = [*(path / name for name in names), *sorted(path.glob("*.safetensors"))]
-    present = [file for file in files if file.is_file()]
-    if not files[0].is_file() or present[-1].suffix != ".safetensors":
+    found = [file for one in _DECIDES_VECTORS for file in sorted(path.glob(one)) if file.is_file()]
+    if not (path / "config.json").is_file() or found[-1].suffix != ".safetensors":
         raise ModelError(f"{path} holds no config.json or no *.safetensors; convert the weights")
-    stats = [(file, file.stat()) for file in present]
-    return _hash_files(tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+    stats = [(file.relative_to(path), file.stat()) for file in found]
+    return _hash_files(
+        str(path), tuple((str(name), stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    )
 
 
 @lru_cache(maxsize=64)
-def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+def _hash_files(folder: str, files: tuple[tuple[str, int, int], ...]) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name, _, _ in files:
-        file = Path(name)
-        if file.name in ("config.json", "tokenizer_config.json"):
+        file = Path(folder, name)
+        if name in ("config.json", "tokenizer_config.json"):
             settings = json.loads(file.read_text(encoding="utf-8"))
             kept = {key: value for key, value in settings.items() if key not in _HOW_IT_WAS_MADE}
             content = json.dumps(kept, sort_keys=True)
         else:
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "blake2b").hexdigest()
-        total.update(f"{file.name}\x1f{content}\x1e".encode())
+        total.update(f"{name}\x1f{content}\x1e".encode())
     return total.hexdigest()
 
 

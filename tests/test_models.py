@@ -116,6 +116,32 @@ def test_fingerprint_follows_content_and_not_place(tmp_path):
     assert models.weights_fingerprint(tmp_path / "a") != prints[1]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.txt",
+        "vocab.json",
+        "merges.txt",
+        "sentencepiece.bpe.model",
+    ],
+)
+def test_fingerprint_follows_every_file_that_decides_a_vector(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(CONTENT)
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    prints = {models.weights_fingerprint(tmp_path)}
+    for mean in ("true", "false"):
+        file.write_text(f'{{"pooling_mode_mean_tokens": {mean}}}')
+        prints.add(models.weights_fingerprint(tmp_path))
+    assert len(prints) == 3
+
+
 def test_fingerprint_needs_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="safetensors"):

@@ -385,6 +385,7 @@ def export_samples(
         raise ConfigError(f"{samples.uri} has no samples of the split {split}")
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}-partial")
+    _remove(scratch)  # of an export that was killed
     rows, note = sum(counts), ""
     try:
         if form == "parquet":
@@ -398,10 +399,14 @@ def export_samples(
             rows, note = _write_columns(selection, scratch, anchor, max_negatives)
         scratch.rename(out)
     finally:
-        if scratch.is_dir():
-            shutil.rmtree(scratch)
-        scratch.unlink(missing_ok=True)
+        _remove(scratch)
     return Exported(sum(counts), rows, note)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
 
 
 def _write_parquet(selection: _Selection, out: Path) -> None:

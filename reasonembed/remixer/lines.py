@@ -31,11 +31,21 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 @dataclass
+class _Kind:
+    """Where the lines of one kind began."""
+
+    seen_before: int = 0
+    bad_before: int = 0
+    first: str | None = None
+
+
+@dataclass
 class Tally:
     """Counts of one source while it is read.
 
     Attributes:
-        max_bad_share: Of the lines; more that cannot be used are an error.
+        max_bad_share: Of the lines of each kind (see `close`); more that cannot be used are an
+            error.
         seen: Lines and references that were looked at.
         bad: Those of them that cannot be used.
         first: Where the first of those stands, and what is wrong with it.
@@ -47,6 +57,7 @@ class Tally:
     bad: int = 0
     first: str | None = None
     left_out: Counter[str] = field(default_factory=Counter)
+    _kind: _Kind = field(default_factory=_Kind, repr=False)
 
     def refuse(self, why: str) -> None:
         """Notes one that cannot be used; `why` begins with its place.
@@ -56,23 +67,28 @@ class Tally:
         """
         self.bad += 1
         self.first = self.first or why
+        self._kind.first = self._kind.first or why
         if not self.max_bad_share:
             raise SchemaError(why)
-        self._check(max(self.seen, _FEW))
+        self._check(at_least=_FEW)
 
     def close(self) -> None:
-        """Everything is read.
+        """Everything of one kind is read; what comes next is judged by itself.
+
+        Else a long file would hide that much of a short one is unusable.
 
         Raises:
-            SchemaError: Too many could not be used.
+            SchemaError: Too many of the kind could not be used.
         """
-        self._check(self.seen)
+        self._check()
+        self._kind = _Kind(self.seen, self.bad)
 
-    def _check(self, seen: int) -> None:
-        if self.bad > self.max_bad_share * seen:
+    def _check(self, *, at_least: int = 0) -> None:
+        seen, bad = self.seen - self._kind.seen_before, self.bad - self._kind.bad_before
+        if bad > self.max_bad_share * max(seen, at_least):
             raise SchemaError(
-                f"{self.bad} of {self.seen} lines cannot be used, more than max_bad_share "
-                f"{self.max_bad_share:g} of assemble.sources allows; the first: {self.first}"
+                f"{bad} of {seen} lines cannot be used, more than max_bad_share "
+                f"{self.max_bad_share:g} of assemble.sources allows; the first: {self._kind.first}"
             )
 
     def remarks(self) -> list[str]:

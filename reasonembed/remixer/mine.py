@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from reasonembed.schemas import CANDIDATES, from_rows, text_id
 from reasonembed.tasks import Task
 
 MINER = "miner"
+"""Name of the miner among the origins of a candidate."""
 _SHINGLE_WORDS = 5
 _Values = NDArray[np.uint64]
 
@@ -293,13 +295,16 @@ class RunFile:
         if not file.is_file():
             raise ConfigError(f"no run file at {file}")
         run = read_trec(file)
-        try:
-            self._rows = {
-                query_id: _best_of_each(documents.positions(list(scores)), list(scores.values()))
-                for query_id, scores in run.items()
-            }
+        try:  # all at once: every call hashes the whole corpus
+            ids = [doc_id for scores in run.values() for doc_id in scores]
+            positions = documents.positions(ids)
         except CorpusError as error:
             raise _locate_unknown(file, documents) from error
+        ends = np.cumsum([0, *(len(scores) for scores in run.values())])
+        self._rows = {
+            query_id: _best_of_each(positions[start:stop], list(scores.values()))
+            for (query_id, scores), (start, stop) in zip(run.items(), pairwise(ends), strict=True)
+        }
         self._doc_ids, self._always = documents.doc_ids, always
 
     def missing(self, query_ids: Iterable[str]) -> int:
@@ -310,10 +315,14 @@ class RunFile:
         """The first k documents that a query may get; filled with -inf and -1."""
         scores_QK = np.full((queries.num_rows, k), -np.inf, dtype=np.float32)
         positions_QK = np.full((queries.num_rows, k), NO_DOCUMENT, dtype=np.int64)
-        for row, query in enumerate(queries.select(["query_id", "excluded"]).to_pylist()):
-            shut = pc.index_in(pa.array(query["excluded"], pa.string()), value_set=self._doc_ids)
-            barred = self._always | set(shut.to_pylist())
-            found = self._rows.get(query["query_id"], {})
+        excluded = queries.column("excluded").combine_chunks()
+        shut = pc.index_in(excluded.flatten(), value_set=self._doc_ids).to_pylist()
+        own_Q: list[set[int | None]] = [set() for _ in range(queries.num_rows)]
+        for row, position in zip(pc.list_parent_indices(excluded).to_pylist(), shut, strict=True):
+            own_Q[row].add(position)
+        for row, query_id in enumerate(queries.column("query_id").to_pylist()):
+            barred = self._always | own_Q[row]
+            found = self._rows.get(query_id, {})
             kept = [(one, score) for one, score in found.items() if one not in barred][:k]
             positions_QK[row, : len(kept)] = [one for one, _ in kept]
             scores_QK[row, : len(kept)] = [score for _, score in kept]

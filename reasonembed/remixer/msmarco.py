@@ -44,6 +44,7 @@ _TRIPLES = {
 _COLLECTION, _QUERIES = "collection*.tsv", "queries.train*.tsv"
 _MAX_NUMBER = 2**32  # of a passage or a line; larger than any of MS MARCO's
 _MASK = 2**64 - 1
+_SPARE = 16  # passages drawn beside, for those that turn out to be positives; a query has few
 
 Query = int | str
 """What tells queries apart: an id, or the text itself where there are no ids."""
@@ -80,7 +81,8 @@ class _Drawn:
     """The `most` passages of a query with the smallest hashes: a sample without replacement.
 
     What was drawn depends neither on the order of what is offered nor on repeats. A key is 8
-    bytes: the hash above, the passage's number below.
+    bytes: the hash above, the passage's number below. A few more are kept, because that a passage
+    is a positive may be learnt after it was offered.
     """
 
     __slots__ = ("_keys", "_most", "_salt")
@@ -99,19 +101,20 @@ class _Drawn:
         """
         key = _mixed(self._salt ^ passage) << 32
         keys = self._keys
-        if len(keys) == self._most and key > keys[-1]:
+        if len(keys) == self._most + _SPARE and key > keys[-1]:
             return
         place = bisect_left(keys, key)
         if place < len(keys) and keys[place] >> 32 == key >> 32:
             return  # it is there already
         keys.insert(place, key | number)
-        if len(keys) > self._most:
+        if len(keys) > self._most + _SPARE:
             keys.pop()
 
     def numbers(self, *, but: Iterable[int]) -> list[int]:
-        """Numbers of the passages that were drawn, without some passages."""
+        """Numbers of the passages that were drawn; some take no place among them."""
         known = {_mixed(self._salt ^ passage) for passage in but}
-        return [key % _MAX_NUMBER for key in self._keys if key >> 32 not in known]
+        drawn = [key % _MAX_NUMBER for key in self._keys if key >> 32 not in known]
+        return drawn[: self._most]
 
 
 def _mixed(value: int) -> int:
@@ -343,6 +346,7 @@ def read_msmarco(
     first, *others = msmarco_files(source)
     choices = _Choices(source)
     _READERS[source.form](first, choices, tally)
+    tally.close()
     chosen = choices.usable(tally)
     choices.by_query.clear()
     numbers = (number for sides in chosen.values() for side in sides for number in side)
@@ -352,7 +356,9 @@ def read_msmarco(
         queries: dict[Query, str] = {}
         if others:
             _read_collection(others[0], texts, tally)
+            tally.close()
             queries |= _id_and_text(others[1], tally, chosen.__contains__)
+            tally.close()
         else:
             _reread_texts(first, texts)
             queries |= {query: str(query) for query in chosen}

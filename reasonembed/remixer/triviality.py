@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from reasonembed.corpus import CorpusStore
 from reasonembed.evaluation.compare import Comparison, compare
 from reasonembed.index.bm25 import BM25Index
+from reasonembed.remixer.mine import MINER
 from reasonembed.schemas import stable_hash, text_id
 
 Vectors = Mapping[str, NDArray[np.float32]]
 _WORD = re.compile(r"\w+")
-MINER = "miner"
-"""Name of the miner among the origins of a candidate."""
 
 
 @dataclass(frozen=True)
@@ -328,19 +327,27 @@ def _dense_ranks(
     """Ranks by the miner's vectors; nothing where one of the vectors is missing."""
     if vectors is None:
         return {}
-    doc_ids = [text_id(text, instruction=None) for text in _ranked_texts(corpus, ranked)]
-    wanted = {*doc_ids, *(one.vector_id for one in pairs)}
-    have = vectors(wanted)
-    if not wanted <= have.keys():
+    ids_N = [_member_ids(corpus, group) for group in ranked]
+    asked = {one.vector_id for one in pairs}
+    have = vectors(asked.union(*ids_N))
+    docs_N = [next((have[id_] for id_ in ids if id_ in have), None) for ids in ids_N]
+    docs = [vector for vector in docs_N if vector is not None]
+    if len(docs) < len(docs_N) or not asked <= have.keys():
         return {}
-    docs_ND = np.stack([have[id_] for id_ in doc_ids])
+    docs_ND = np.stack(docs)
     found: _Values = {}
     for one in pairs:
         scores_N = docs_ND @ have[one.vector_id]
-        rank_N = np.empty(len(doc_ids), dtype=np.int64)
-        rank_N[np.argsort(-scores_N, kind="stable")] = np.arange(1, len(doc_ids) + 1)
+        rank_N = np.empty(len(docs), dtype=np.int64)
+        rank_N[np.argsort(-scores_N, kind="stable")] = np.arange(1, len(docs) + 1)
         _add_ranks(found, one, rank_N, corpus, ranked)
     return found
+
+
+def _member_ids(corpus: CorpusStore, group: str) -> list[str]:
+    """Keys of the vectors that may stand for a group: mining embeds the text committed first."""
+    texts = corpus.texts(corpus.group_members(group))
+    return [text_id(text, instruction=None) for text in dict.fromkeys(texts)]
 
 
 def _add_ranks(

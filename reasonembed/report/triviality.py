@@ -137,16 +137,19 @@ def _miner_vectors(facts: Facts) -> _Stored | None:
     """The miner's vectors, by what their folder says of itself: no weights are needed for that."""
     config = facts.config
     encoder = config.mine.encoder
-    settings = flatten(
+    wanted = flatten(
         encoder.model_copy(update={"model": Path(encoder.model).name}), prefix="encoder"
     )
+    mined = facts.run.artifact("candidates").stage()
+    if mined is not None and "weights" in mined.identity:
+        wanted["weights"] = mined.identity["weights"]
     place = Path(config.runtime.vectors_dir or facts.run.dir / "embeddings")
     found = []
     for folder in sorted(place.glob("*")):
         stage = StageDirectory(folder, name=folder.name).stage()
-        if stage is not None and settings.items() <= stage.identity.items():
+        if stage is not None and wanted.items() <= stage.identity.items():
             found.append(folder)
-    # Of two with these settings, of other weights, nobody can tell which one mined.
+    # Where the candidates name no weights, nobody can tell which one of two has mined.
     return _stored(found[0]) if len(found) == 1 else None
 
 

@@ -382,7 +382,8 @@ def test_a_real_student_takes_the_teachers_place(tmp_path):
         output_dir=tmp_path / "sft",
         report=lambda metrics, _: reports.append(metrics["loss"]),
     )
-    save_student(settings, result.checkpoint, weights=weights, output_dir=tmp_path / "model")
+    checkpoint = tmp_path / "sft" / f"checkpoint-{result.steps}"
+    save_student(settings, checkpoint, weights=weights, output_dir=tmp_path / "model")
 
     def judge(model):
         llm = LLMConfig(model=str(model), dtype="float32", max_model_len=1024)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -297,6 +298,22 @@ def test_a_run_file_is_cut_after_exclusion_and_duplicates_count_once(tmp_path):
     assert names == [["a", "c"], []]
     assert scores[0].tolist() == [8, 6]
     assert file.missing(["q0", "q1", "q2"]) == 2
+
+
+def test_a_run_file_is_looked_up_at_once_whatever_the_number_of_queries(tmp_path, monkeypatch):
+    documents = read_documents(corpus(tmp_path, {f"d{i:02d}": f"text {i}" for i in range(20)}))
+    path = run_file(tmp_path, *(f"q{i:02d} Q0 d{i:02d} 1 1 x" for i in range(20)))
+    asked = planned(documents.doc_ids, **{f"q{i:02d}": [f"d{i:02d}"] * (i % 2) for i in range(20)})
+    lookups = []
+
+    def counted(*arguments, _real=pc.index_in, **named):
+        lookups.append(arguments)
+        return _real(*arguments, **named)
+
+    monkeypatch.setattr(pc, "index_in", counted)
+    _, positions = RunFile(path, documents, always=frozenset()).search(asked, k=1)
+    assert positions[:, 0].tolist() == [-1 if i % 2 else i for i in range(20)]
+    assert len(lookups) == 2  # its documents, and what is excluded
 
 
 def test_an_unknown_document_in_a_run_file_is_named_with_its_line(tmp_path):

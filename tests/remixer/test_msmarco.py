@@ -163,6 +163,22 @@ def test_a_draw_is_even():
     assert all(200 - 67 < count < 200 + 67 for count in counts.values())
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("form", ["msmarco-triples", "msmarco-text-triples"])
+def test_positives_take_no_place_among_the_negatives_whatever_comes_first(tmp_path, form, seed):
+    # Query 1 has positives 0 to 4, each also offered as a negative, and 20 true negatives.
+    lines = [(1, p, n) for p in range(5) for n in range(25) if p != n]
+    random.Random(seed).shuffle(lines)
+    if form == "msmarco-triples":
+        triples(folder(tmp_path), lines)
+    else:
+        named = [(f"query {q}", passage(p), passage(n)) for q, p, n in lines]
+        triples(tmp_path, named, name="triples.train.small.tsv")
+    (row,) = read(tmp_path, form, max_negatives=19)
+    assert len(row["positives"]) == 5
+    assert len(set(texts(row, "negatives")) - {passage(p) for p in range(5)}) == 19
+
+
 def test_held_out_queries_go_by_their_text(tmp_path):
     triples(folder(tmp_path, queries=30), [(q, q % 9, 10 + q % 9) for q in range(30)])
     splits = [row["split"] for row in read(tmp_path, "msmarco-triples", share=0.4)]
@@ -236,10 +252,13 @@ def test_ids_without_a_text_are_errors_or_counted(tmp_path, line, message):
     triples(folder(tmp_path), [(0, 1, 2), line])
     with pytest.raises(SchemaError, match=message):
         read(tmp_path, "msmarco-triples")
-    tally = Tally(0.1)
-    (row,) = read(tmp_path, "msmarco-triples", max_bad_share=0.1, tally=tally)
+    tally = Tally(0.5)
+    (row,) = read(tmp_path, "msmarco-triples", max_bad_share=0.5, tally=tally)
     assert row["query_id"] == "msmarco-0"
     assert message in tally.first
+    # One of two queries is too much, however long the files are.
+    with pytest.raises(SchemaError, match=rf"1 of 2 lines cannot be used.*{message}"):
+        read(tmp_path, "msmarco-triples", max_bad_share=0.4)
 
 
 @pytest.mark.parametrize("bad", [b"3\n", b"3\t\xff\n", b"x\ttext\n"])
@@ -308,7 +327,7 @@ def test_the_stage_says_what_it_has_passed_over(tmp_path):
 def test_the_stage_is_known_by_the_files_that_it_reads(tmp_path):
     data = folder(tmp_path / "data")
     run = run_of(tmp_path / "run", {"path": str(data), "form": "msmarco-triples"})
-    key = f"source.{data}"
+    key = "source.0.content"
     assert run.identity("assemble")[key] == "(missing)"  # why-stale must not fail
     triples(data, ALL)
     known = run.identity("assemble")

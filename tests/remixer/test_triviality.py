@@ -92,6 +92,14 @@ def test_dense_rank_is_that_of_the_vectors():
     assert found.notes == ()
 
 
+def test_of_equal_texts_any_may_be_the_one_that_was_embedded():
+    vectors = {"query": [1.0, 0.0], "twin": [0.9, 0], "concept": [0.5, 0], "other": [0.7, 0]}
+    have = lookup(vectors | {"far": [0.1, 0.0]})
+    found = triviality(samples(sample()), corpus_store(TEXTS), vectors=have)
+    dense = found.measures["dense_rank"]
+    assert (dense.positives.mean, dense.sources.mean) == (3, 1)
+
+
 def test_without_vectors_the_candidates_tell_the_positives_rank():
     row = {
         "query_id": "q1",

@@ -55,6 +55,24 @@ def test_the_miner_s_vectors_are_found_without_its_weights(tmp_path):
     assert "vectors are not at hand" in section(builder)
 
 
+def test_of_two_folders_with_the_miner_s_settings_the_one_that_mined_is_taken(tmp_path):
+    """As in a second round over shared vectors: both rounds' models are called `model`."""
+    builder = Builder(tmp_path).make(*STAGES)
+    commit_vectors(builder, "miner-model-1")
+    before = section(builder)
+    commit_vectors(builder, "miner-model-2", weights="v")
+    candidates = builder.run.artifact("candidates")
+
+    def mined_by(weights):
+        identity = candidates.stage().identity | {"weights": weights}
+        candidates.begin(identity, may_change=lambda field: field == "weights")
+
+    mined_by("w")
+    assert section(builder) == before
+    mined_by("another")
+    assert "vectors are not at hand" in section(builder)
+
+
 def test_the_section_is_the_same_each_time(whole):
     first, second = (section(whole) for _ in range(2))
     assert first == second
