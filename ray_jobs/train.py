@@ -20,7 +20,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.job import Job, main
-from reasonembed.artifacts import digest
+from reasonembed.artifacts import Artifact, digest
 from reasonembed.config import TrainConfig, TrainRuntime, flatten
 from reasonembed.models import resolve
 from reasonembed.redapter.batches import BatchPlan, read_samples
@@ -37,6 +37,8 @@ from reasonembed.schemas import stable_hash
 
 KEPT_CHECKPOINTS = 2
 _CHECKPOINTS = "checkpoints"
+_MAX_FAILURES = 3
+_MAX_FAILURES_ELASTIC = 10  # a machine that goes without announcement is one, too
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,11 @@ def in_worker(loop: Callable[..., object], *, storage: Path, trackers: Trackers)
     def report(metrics: Metrics, saved: Saved | None) -> None:
         if lines:
             lines.append(metrics)
-            trackers.write(metrics)
         if saved is not None:
             _register(metrics, saved)
+        # Last, for a tracker may wait for its server, and a machine that leaves does not.
+        if lines:
+            trackers.write(metrics)
 
     def start(resume_from: Path | None) -> None:
         loop(
@@ -146,18 +150,13 @@ class Announcements:
 
 def run(job: Job) -> dict[str, Any]:
     """Writes `train/weights`."""
-    directory = job.run.directory("train")
+    directory, samples = job.run.directory("train"), finished_samples(job.run.dir)
     config, runtime = job.run.config.train, job.run.config.runtime.train
-    samples = read_samples(finished_samples(job.run.dir).parts())
-    plan = BatchPlan(samples, config, num_workers=runtime.num_workers)
-    steps = plan.total_steps
-    require(runtime.trackers)
-    read_held_out(finished_samples(job.run.dir).parts(), config)  # refused here rather than there
-    for note in plan.notes():
-        job.reporter.say(f"      {note}")
-    job.run.begin("train", directory)
-    if (finished := directory.finished()) is not None:
+    made, finished = directory.stage(), directory.finished()
+    if made and made.identity == job.run.identity("train") and finished is not None:
         return finished
+    num_samples, steps = _planned(job, samples)
+    job.run.begin("train", directory)  # not before: what is refused discards nothing
     log = TrainLog(job.run.dir / "train" / "log.jsonl")
     payload = _Payload(config, runtime, job.run)
     with job.reporter.watching(
@@ -170,7 +169,7 @@ def run(job: Job) -> dict[str, Any]:
     last = log.steps()[-1]
     best = best_record(job.run.dir / "train" / _CHECKPOINTS)
     summary = {
-        "samples": len(samples),
+        "samples": num_samples,
         "steps": steps,
         "step kept": best.step if best else steps,
         "loss": round(last["loss"], 4),
@@ -178,6 +177,21 @@ def run(job: Job) -> dict[str, Any]:
     }
     directory.finish(summary)
     return summary
+
+
+def _planned(job: Job, artifact: Artifact) -> tuple[int, int]:
+    """How many samples and steps there are; what cannot be trained is refused here, not there.
+
+    Numbers alone, for all samples are gigabytes, and the driver waits for as long as they train.
+    """
+    config, runtime = job.run.config.train, job.run.config.runtime.train
+    require(runtime.trackers)
+    read_held_out(artifact.parts(), config)
+    samples = read_samples(artifact.parts())
+    plan = BatchPlan(samples, config, num_workers=runtime.num_workers)
+    for note in plan.notes():
+        job.reporter.say(f"      {note}")
+    return len(samples), plan.total_steps
 
 
 def trainer(
@@ -213,13 +227,20 @@ def trainer(
             # checkpoints.
             name=_CHECKPOINTS,
             storage_path=str(storage.absolute()),
-            # Machines may go as often as they like; errors may not.
+            # Machines that announce it may go as often as they like. Others look like errors to
+            # Ray, and errors may not come for ever.
             failure_config=FailureConfig(
-                max_failures=runtime.max_failures, max_preemption_failures=-1
+                max_failures=_max_failures(runtime), max_preemption_failures=-1
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
     )
+
+
+def _max_failures(runtime: TrainRuntime) -> int:
+    if runtime.max_failures is not None:
+        return runtime.max_failures
+    return _MAX_FAILURES if runtime.min_workers is None else _MAX_FAILURES_ELASTIC
 
 
 def _environment(runtime: TrainRuntime) -> dict[str, str]:

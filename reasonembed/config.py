@@ -486,6 +486,15 @@ class TrainConfig(Strict):
     seed: int = 42
 
     @model_validator(mode="after")
+    def _gradients_that_do_not_vanish(self) -> TrainConfig:
+        if self.encoder.dtype == "float16":
+            raise ValueError(
+                "encoder.dtype 'float16' would round small gradients to zero, for training does "
+                "not scale them; use 'bfloat16' or 'float32'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_measured(self) -> TrainConfig:
         if self.keep == "best" and self.validate_every is None:
             raise ValueError("keep 'best' needs validate_every, the steps between measurements")
@@ -655,7 +664,10 @@ class TrainRuntime(Strict):
         description="tokens a forward, padding included; a larger share of the batch is cached",
     )
     checkpoint_every: Positive = 50
-    max_failures: int = 3
+    max_failures: Annotated[int, Field(ge=-1)] | None = Field(
+        None,
+        description="restarts after errors; default 3, with min_workers 10; -1: without limit",
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         (), description="where each step is noted besides train/log.jsonl"
     )

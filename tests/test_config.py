@@ -96,6 +96,7 @@ def test_defaults_fill_in(file):
         ("plan.lengths=[]", ["plan: ", "at least one"]),
         ("assemble.negative_max=3", ["assemble: ", "negative_max 3", "positive_min 3"]),
         ("assemble.rule=rank", ["rule 'rank'", "label_from is 'written'", "'expected'"]),
+        ("runtime.train.max_failures=-2", ["runtime.train.max_failures: ", "(given: -2)"]),
         ("runtime.train.num_workers=65", ["batch_queries 64", "num_workers 65"]),
         ("mine.max_source_rank=101", ["mine: ", "max_source_rank 101", "top_k 100"]),
         ("runtime.annotate.min_actors=4", ["runtime.annotate: ", "min_actors 4 > max_actors 1"]),
@@ -115,6 +116,14 @@ def test_the_paper_s_scale_needs_a_fixed_number_of_workers(file):
     assert load(file, overrides=both[:1]).train.gradient_scale == "paper"
     with pytest.raises(ConfigError, match=r"gradient_scale 'paper'.*runtime\.train\.min_workers"):
         load(file, overrides=both)
+
+
+def test_training_in_float16_is_refused_but_mining_is_not(file):
+    assert load(file, overrides=["mine.encoder.dtype=float16"]).mine.encoder.dtype == "float16"
+    for dtype in ("bfloat16", "float32"):
+        assert load(file, overrides=[f"train.encoder.dtype={dtype}"]).train.encoder.dtype == dtype
+    with pytest.raises(ConfigError, match=r"train: .*'float16'.*use 'bfloat16' or 'float32'"):
+        load(file, overrides=["train.encoder.dtype=float16"])
 
 
 def test_all_mistakes_are_named_at_once(file):

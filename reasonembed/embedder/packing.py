@@ -33,6 +33,7 @@ PACKABLE = ("bert", "llama", "mistral", "modernbert", "qwen2", "qwen3", "roberta
 _IMPLEMENTATION = "reasonembed"
 _HALF = (torch.bfloat16, torch.float16)
 _KERNEL_HEAD_SIZE = 256
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob")  # of configurations
 # Grouped heads have been in the kernel for long; newer releases want to be told.
 _TOLD = {"enable_gqa": True}
 _GROUPED: dict[str, Any] = _TOLD if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -42,10 +43,12 @@ def use_packing(model: Any, wanted: Packing, *, dtype: torch.dtype | None = None
     """Decides whether forward passes of a model are packed, and readies it for them.
 
     `auto` packs every family that can be, wherever that is faster: on CPUs, and on GPUs that have
-    the kernel in 16 bits.
+    the kernel in 16 bits. A model that is trained with dropout of its attention weights does not
+    use the kernel, and going by length makes a GPU wait in every layer, so it is padded there.
 
     Args:
-        model: A transformers backbone on its device, or one wrapped by peft.
+        model: A transformers backbone on its device, or one wrapped by peft; in the mode, training
+            or evaluation, that it will be used in.
         wanted: `on` and `off` decide by themselves.
         dtype: Of the forward pass; default that of the weights.
 
@@ -61,7 +64,7 @@ def use_packing(model: Any, wanted: Packing, *, dtype: torch.dtype | None = None
         return False
     weight = next(model.parameters())
     has_kernel = (dtype or weight.dtype) in _HALF and _is_ampere(weight.device)
-    if wanted == "auto" and weight.is_cuda and not has_kernel:
+    if wanted == "auto" and weight.is_cuda and (not has_kernel or _drops_attention(model)):
         return False
     _register()
     _transformers_model(model).set_attn_implementation(_IMPLEMENTATION)
@@ -119,6 +122,11 @@ def _transformers_model(model: Any) -> Any:
     from transformers import PreTrainedModel
 
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+
+
+def _drops_attention(model: Any) -> bool:
+    shares = (getattr(model.config, name, None) or 0 for name in _ATTENTION_DROPOUT)
+    return model.training and any(shares)
 
 
 def _is_ampere(device: torch.device) -> bool:

@@ -1,7 +1,8 @@
 """The weights that did best on held-out samples, kept beside the checkpoints.
 
 Writes `weights-<step>`, a folder as `checkpoints.write_weights` makes it, and `best.json`, which
-names it. Killed at any moment, `best.json` names a folder that is whole.
+names it. Killed at any moment, `best.json` names a folder that is whole: one that it names is never
+written to. Better weights of the same step, as a resumed run may find, go beside it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ class Record:
     Attributes:
         step: Steps that they have seen.
         score: What they scored; higher is better.
+        folder: Name of theirs.
     """
 
     step: int
     score: float
+    folder: str
 
 
 class Best:
@@ -56,16 +59,20 @@ class Best:
         """
         if self.record is not None and score <= self.record.score:
             return
-        self.record = Record(step, score)
-        target = self._folder(step)
+        name = f"weights-{step}"
+        if self.record is not None and self.record.folder == name:
+            name += "-again"
+        self.record = Record(step, score, name)
+        target = self._output_dir / name
         self._write(target)
         if self._rank == 0:
             scratch = self._output_dir / f".{_RECORD}"
             scratch.write_text(json.dumps(asdict(self.record)), encoding="utf-8")
             scratch.replace(self._output_dir / _RECORD)
-            for other in self._output_dir.glob("weights-*"):
-                if other != target:
-                    shutil.rmtree(other)
+            for pattern in ("weights-*", ".weights-*"):  # with a dot if killed while it was written
+                for other in self._output_dir.glob(pattern):
+                    if other != target:
+                        shutil.rmtree(other)
 
     def place(self, target: Path) -> None:
         """Puts the best weights at `target`, in place of what is there; on rank 0 alone."""
@@ -74,11 +81,9 @@ class Best:
             shutil.rmtree(target, ignore_errors=True)
             scratch = target.with_name(f".{target.name}.partial")
             shutil.rmtree(scratch, ignore_errors=True)
-            shutil.copytree(self._folder(self.record.step), scratch, copy_function=_link_or_copy)
+            source = self._output_dir / self.record.folder
+            shutil.copytree(source, scratch, copy_function=_link_or_copy)
             scratch.rename(target)
-
-    def _folder(self, step: int) -> Path:
-        return self._output_dir / f"weights-{step}"
 
 
 def best_record(output_dir: Path) -> Record | None:

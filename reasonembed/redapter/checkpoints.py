@@ -8,6 +8,7 @@ shapes in it are the same. The folder appears under its name when it is whole, o
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,9 +34,11 @@ from reasonembed.embedder.contract import load_tokenizer
 from reasonembed.errors import DriftError, ModelError
 from reasonembed.models import quiet_transformers
 from reasonembed.redapter.sharding import Placed
+from reasonembed.redapter.workers import is_distributed
 
 _TRAINER = "trainer.json"
 _LEARNT, _OPTIMIZER = "learnt", "optimizer"
+_FOLDER = re.compile(r"(\.?)checkpoint-(\d+)")  # with a dot while it is written
 
 # Told of every save and load of a single process; there it is what is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
@@ -44,10 +47,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 class Remembers(Protocol):
     """What a run remembers besides weights and optimizer; equal on all workers."""
 
-    def state_dict(self) -> Mapping[str, float]:
-        """Its values."""
+    def state_dict(self) -> Mapping[str, Any]:
+        """Its values, as JSON has them."""
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
 
 
@@ -100,7 +103,7 @@ class Checkpoints:
         self._committer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # Of its own: what is said about a checkpoint must not mix with what is said about a step;
         # and gloo, for a GPU's group cannot talk about what lies in main memory.
-        self._group = dist.new_group(backend="gloo") if _is_distributed() else None
+        self._group = dist.new_group(backend="gloo") if is_distributed() else None
 
     def save(self, step: int) -> Saved:
         """Copies the state and begins to write it as `checkpoint-<step>`; called by all workers.
@@ -122,6 +125,19 @@ class Checkpoints:
         assert isinstance(writing, Future), "an answer of staging in the background"
         self._last = Saved(target, self._committer.submit(_commit, writing, scratch, target))
         return self._last
+
+    def forget_after(self, step: int) -> None:
+        """Removes what a run that was killed left beyond `step`, whole or not; by all workers.
+
+        Nobody goes on from there any more, and nobody else would remove it.
+        """
+        if _rank() == 0 and self._output_dir.is_dir():
+            for path in self._output_dir.iterdir():
+                found = _FOLDER.fullmatch(path.name)
+                if found and (found[1] or int(found[2]) > step):
+                    shutil.rmtree(path)
+        if self._group is not None:
+            dist.barrier(self._group)
 
     def wait(self) -> None:
         """Returns when nothing is being written any more; raises what went wrong."""
@@ -164,7 +180,7 @@ class Checkpoints:
         return int(about["step"])
 
     def _state(self) -> dict[str, Any]:
-        self._optimizer.zero_grad(set_to_none=True)  # else a state before the first step is refused
+        _complete(self._optimizer)
         model = self._placed.model
         return {
             _LEARNT: _learnt(self._placed),
@@ -175,7 +191,6 @@ class Checkpoints:
         return {
             "step": step,
             "identity": self._identity,
-            "weights": "adapter" if _is_adapted(self._placed.model) else "full",
             "memory": dict(self._memory.state_dict()) if self._memory is not None else {},
         }
 
@@ -193,12 +208,6 @@ def load_learnt(checkpoint: Path, placed: Placed) -> None:
     except (RuntimeError, ValueError, CheckpointException) as error:
         raise ModelError(f"{checkpoint} holds other parameters than are trained") from error
     _put_learnt(placed.model, state[_LEARNT])
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The whole checkpoint with the most steps."""
-    whole = [path for path in output_dir.glob("checkpoint-*") if (path / _TRAINER).is_file()]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def write_weights(placed: Placed, target: Path, *, weights: Path, dtype: str) -> None:
@@ -225,7 +234,7 @@ def write_weights(placed: Placed, target: Path, *, weights: Path, dtype: str) ->
             else:
                 _plain(placed.model, state, dtype=dtype).save_pretrained(scratch)
                 load_tokenizer(weights).save_pretrained(scratch)
-    if _is_distributed():
+    if is_distributed():
         dist.barrier()
 
 
@@ -252,6 +261,21 @@ def _plain(model: Any, state: Mapping[str, Any], *, dtype: str) -> Any:
 
 def _trained() -> StateDictOptions:
     return StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def _complete(optimizer: torch.optim.Optimizer) -> None:
+    """Gives parameters without a gradient so far the state that AdamW begins with.
+
+    Outside the forward pass, as BERT's pooler, they never have one. Without it a checkpoint would
+    lack them, and what is loaded must be the same whichever parameters have had gradients.
+    """
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if parameter not in optimizer.state:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def _learnt(placed: Placed) -> dict[str, Any]:
@@ -285,9 +309,5 @@ def _is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _rank() -> int:
-    return dist.get_rank() if _is_distributed() else 0
+    return dist.get_rank() if is_distributed() else 0

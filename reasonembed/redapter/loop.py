@@ -47,7 +47,8 @@ from reasonembed.redapter.stepping import (
     set_rate,
     take_steps,
 )
-from reasonembed.redapter.validate import HeldOut, Validation, Validator, check_held_out
+from reasonembed.redapter.validate import HeldOut, Validation, Validator
+from reasonembed.redapter.workers import all_true
 from reasonembed.schemas import row_seed, stable_hash
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def train(
         output_dir: Seen by all workers; receives `checkpoint-<step>` folders and `weights`.
         report: Called once a step on every rank with that step's metrics, and with the checkpoint
             if one was begun, else None.
-        held_out: What is measured every `validate_every` steps, on every worker alike.
+        held_out: What is measured every `validate_every` steps, on every worker alike; see
+            `validate.read_held_out`.
         observe: Called once a step with its number, its global batch and what it gave.
         resume_from: A checkpoint folder, of any number of workers.
         is_leaving: Whether a machine is about to go; see `take_steps`.
@@ -138,7 +140,7 @@ def train(
 
     Raises:
         ConfigError: Samples or workers do not fit the batch, or the runtime asks for what is not
-            there, or nothing is held out to be measured.
+            there.
         ModelError: The backbone cannot be loaded or has no projections to adapt, or a loss is not
             finite.
         DriftError: The checkpoint is of another configuration, other samples or another number of
@@ -146,7 +148,6 @@ def train(
     """
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    check_held_out(held_out, config)
     plan = BatchPlan(samples, config, num_workers=world_size)
     state = _prepare(config, weights, runtime)
     checkpoints = Checkpoints(
@@ -235,7 +236,11 @@ def _measure(
     state.placed.model.eval()
     try:
         return validator.measure(
-            state.encode, batch_tokens=runtime.chunk_tokens, rank=rank, world_size=world_size
+            state.encode,
+            batch_tokens=runtime.chunk_tokens,
+            is_packed=state.is_packed,
+            rank=rank,
+            world_size=world_size,
         )
     finally:
         state.placed.model.train()
@@ -305,17 +310,23 @@ def _move(
         Norm of the gradient before it was clipped, and whether the step was taken.
     """
     norm = clip(state.placed.parameters, max_grad_norm=config.max_grad_norm)
+    value = float(loss.loss)
     is_taken = state.progress.count_step(
         step,
-        loss=float(loss.loss),
+        loss=value,
         norm=norm,
+        # One decision: who goes on alone waits for ever in the next collective.
+        is_finite=all_true(
+            math.isfinite(value) and math.isfinite(norm), device=state.placed.device
+        ),
         query_ids=[group.sample.query_id for group in groups],
         max_skipped_steps=config.max_skipped_steps,
         cure="lower train.learning_rate or use train.encoder.dtype float32",
     )
     if is_taken:
         state.optimizer.step()
-        if config.intensity_cap == "adaptive":
+        # Where nothing was rewritten every ratio is 1 and says nothing about κ.
+        if config.intensity_cap == "adaptive" and has_rewrites(groups):
             state.progress.observe(loss.ratio_B, quantile=config.intensity_cap_quantile)
     return norm, is_taken
 

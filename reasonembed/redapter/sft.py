@@ -258,12 +258,10 @@ class SFTResult:
 
     Attributes:
         steps: Steps that the weights have seen, those before a resume included.
-        checkpoint: Of the last step.
         metrics: Of the last step; empty if a finished run was resumed.
     """
 
     steps: int
-    checkpoint: Path
     metrics: Metrics
 
 
@@ -297,8 +295,9 @@ def fine_tune(
 ) -> SFTResult:
     """Trains adapters or, without `lora`, all weights; with workers in an initialised group.
 
-    A resumed run continues bit for bit where the interrupted one would have been (same machine,
-    same number of workers and chunk size): batches, rates and dropout are functions of the step.
+    A resumed run continues where the interrupted one would have been (same machine, same number of
+    workers and chunk size): batches, rates and dropout are functions of the step. On CPUs it does
+    so bit for bit, on GPUs up to the order in which their kernels sum.
 
     Args:
         config: What decides the result.
@@ -339,8 +338,7 @@ def fine_tune(
         report=report,
         is_leaving=is_leaving,
     )
-    final = resume_from if start == total and resume_from else output_dir / f"checkpoint-{total}"
-    return SFTResult(total, final, metrics)
+    return SFTResult(total, metrics)
 
 
 def _prepare(config: DistillConfig, weights: Path, runtime: TrainRuntime) -> _State:

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from reasonembed.config import LoRAConfig, TrainRuntime
 from reasonembed.errors import ConfigError, ModelError
 from reasonembed.redapter.step import Reduction, SumAtEnd
+from reasonembed.redapter.workers import is_distributed
 
 _LIGER = {"rope": True, "rms_norm": True, "swiglu": True}
 # Heads and their losses are replaced by default; a backbone has none.
@@ -226,7 +227,7 @@ def _use_liger(model: Any, *, name: str) -> None:
 
 
 def _shard(model: Any, *, dtype: torch.dtype, use_gpu: bool, name: str) -> None:
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         raise ConfigError(
             "runtime.train.sharding: fsdp needs a process group, and none is initialised; train "
             "on Ray, under torchrun, or choose none"

@@ -31,6 +31,7 @@ from torch import Tensor
 from reasonembed.embedder.tokenisation import TokenIds
 from reasonembed.redapter.loss import LossOutput
 from reasonembed.redapter.shares import share_sizes
+from reasonembed.redapter.workers import is_distributed
 from reasonembed.schemas import row_seed
 
 Encode = Callable[[Sequence[TokenIds]], Tensor]
@@ -217,7 +218,7 @@ def _agreed(
     parts: list[list[list[int]]], *, is_equal: bool, device: torch.device
 ) -> list[list[list[int]]]:
     """The same number of chunks on every worker, if that is needed; empty ones fill up."""
-    if not (is_equal and _is_distributed()):
+    if not (is_equal and is_distributed()):
         return parts
     counts = torch.tensor([len(chunks) for chunks in parts], device=device)
     dist.all_reduce(counts, op=dist.ReduceOp.MAX)
@@ -244,8 +245,8 @@ class _Layout:
 
     @classmethod
     def of(cls, batch: LocalBatch, *, num_queries: int) -> _Layout:
-        world_size = dist.get_world_size() if _is_distributed() else 1
-        rank = dist.get_rank() if _is_distributed() else 0
+        world_size = dist.get_world_size() if is_distributed() else 1
+        rank = dist.get_rank() if is_distributed() else 0
         shares = share_sizes(num_queries, world_size=world_size)
         assert len(batch.queries) == shares[rank] > 0, "a share of another size than is agreed"
         group_size = len(batch.passages) // len(batch.queries)
@@ -313,16 +314,12 @@ def _gather(message_ND: Tensor, layout: _Layout) -> list[Tensor]:
     return [torch.cat(parts).detach() for parts in list(zip(*by_worker, strict=True))[:4]]
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Adds up every worker's gradients, in place; a parameter without one counts as zero.
 
     Sums are taken in float32, or float64 where gradients have it.
     """
-    if not _is_distributed() or dist.get_world_size() == 1:
+    if not is_distributed() or dist.get_world_size() == 1:
         return
     for bucket in _buckets(parameters):
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]

@@ -39,7 +39,7 @@ def take_steps(
 
     Args:
         one_step: Takes a step, counted from 0.
-        checkpoints: Where they go.
+        checkpoints: Where they go; those beyond `start` are removed first.
         start: Steps that were taken before.
         total: Of the whole run; after the last there is always a checkpoint.
         runtime: `checkpoint_every`, `async_checkpoints`.
@@ -51,6 +51,7 @@ def take_steps(
     Returns:
         Metrics of the last step; empty if none was left to take.
     """
+    checkpoints.forget_after(start)
     metrics = Metrics()
     for step in range(start, total):
         metrics = one_step(step)

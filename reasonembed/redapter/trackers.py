@@ -1,13 +1,16 @@
 """Where else the figures of each step go: TensorBoard, Weights & Biases, MLflow.
 
-They are for watching. What counts is `train/log.jsonl`, which is written first and always.
+They are for watching. What counts is `train/log.jsonl`, which is written first and always: a
+tracker that fails, such as one whose server cannot be reached, is left out from then on.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +18,7 @@ from typing import Any, Protocol
 from reasonembed.errors import ConfigError
 from reasonembed.schemas import stable_hash
 
+_LOG = logging.getLogger(__name__)
 _PROJECT = "reasonembed"
 _FLUSH_S = 5  # how long after a step its figures can be seen; two minutes by default
 # The first package that is there is used. Ray Train and Ray Tune bring tensorboardX.
@@ -48,28 +52,39 @@ class Trackers:
     def __init__(
         self, names: Sequence[str], *, directory: Path, settings: Mapping[str, object]
     ) -> None:
-        self._names, self._directory, self._settings = names, directory, dict(settings)
-        self._open: list[Tracker] | None = None
+        self._unopened, self._directory, self._settings = tuple(names), directory, dict(settings)
+        self._open: dict[str, Tracker] = {}
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Notes the step that `metrics["step"]` names; figures that are not finite are left out."""
         step = int(metrics["step"])
-        if self._open is None:
-            self._open = [
-                _OPENERS[name](self._directory, self._settings, step) for name in self._names
-            ]
+        opening, self._unopened = self._unopened, ()
+        for name in opening:
+            with self._going_on_without(name):
+                self._open[name] = _OPENERS[name](self._directory, self._settings, step)
         figures = {
             tag(name): value
             for name, value in metrics.items()
             if name not in _NOT_SHOWN and math.isfinite(value)
         }
-        for tracker in self._open:
-            tracker.write(step, figures)
+        for name, tracker in list(self._open.items()):
+            with self._going_on_without(name):
+                tracker.write(step, figures)
 
     def close(self) -> None:
         """Closes all."""
-        for tracker in self._open or ():
-            tracker.close()
+        for name, tracker in list(self._open.items()):
+            with self._going_on_without(name):
+                tracker.close()
+
+    @contextmanager
+    def _going_on_without(self, name: str) -> Iterator[None]:
+        # Whatever another's program or server raises: it is not worth a training.
+        try:
+            yield
+        except Exception:
+            self._open.pop(name, None)
+            _LOG.warning("%s failed and is left out; log.jsonl has every step", name, exc_info=True)
 
 
 _NOT_SHOWN = ("step", "batch")

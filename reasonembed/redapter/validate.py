@@ -65,23 +65,14 @@ def read_held_out(tables: Iterable[pa.Table], config: TrainConfig) -> list[HeldO
         config.validate_queries, rows, key=lambda row: stable_hash(row["query_id"])
     )
     samples = samples_from_rows(chosen, split=_HELD_OUT)
-    check_held_out(samples, config)
-    return [
-        HeldOut(sample, row["source_doc_id"]) for sample, row in zip(samples, chosen, strict=True)
-    ]
-
-
-def check_held_out(held_out: Sequence[object], config: TrainConfig) -> None:
-    """Refuses to validate on nothing.
-
-    Raises:
-        ConfigError: `validate_every` is set and there are no held-out samples.
-    """
-    if config.validate_every is not None and not held_out:
+    if not samples:
         raise ConfigError(
             f"train.validate_every is {config.validate_every}, but no sample is held out; set "
             "assemble.held_out_share above 0, or leave train.validate_every out"
         )
+    return [
+        HeldOut(sample, row["source_doc_id"]) for sample, row in zip(samples, chosen, strict=True)
+    ]
 
 
 class Validation:
@@ -145,6 +136,7 @@ class Validator:
         shape: Callable[[str], TaskBatch],
         tokenizer: ContractTokenizer,
     ) -> None:
+        assert held_out, "read_held_out gives at least one"
         by_task: dict[str, list[HeldOut]] = {}
         for one in sorted(held_out, key=lambda one: stable_hash(one.sample.query_id)):
             by_task.setdefault(one.sample.task, []).append(one)
@@ -169,6 +161,7 @@ class Validator:
         encode: Callable[[Sequence[TokenIds]], Tensor],
         *,
         batch_tokens: int,
+        is_packed: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> Metrics:
@@ -178,7 +171,8 @@ class Validator:
 
         Args:
             encode: Token ids to vectors [n, D], without dropout.
-            batch_tokens: Padded tokens a forward.
+            batch_tokens: Tokens a forward.
+            is_packed: Whether `encode` packs, so that padding takes none of them.
             rank: Of this worker.
             world_size: Number of workers.
 
@@ -189,22 +183,22 @@ class Validator:
         """
         began = time.perf_counter()
         with torch.no_grad():
-            vectors_ND = self._encode(
-                encode, batch_tokens=batch_tokens, rank=rank, world_size=world_size
-            )
+            lengths = [len(ids) for ids in self._texts]
+            batches = list(budget_batches(lengths, batch_tokens=batch_tokens, packed=is_packed))
+            vectors_ND = self._encode(encode, batches, rank=rank, world_size=world_size)
             found = self._figures(vectors_ND[self._rows.to(vectors_ND.device)])
+            if world_size > 1:
+                found = _of_first_worker(found, device=vectors_ND.device)
         return found | {"held_out_s": time.perf_counter() - began}
 
     def _encode(
         self,
         encode: Callable[[Sequence[TokenIds]], Tensor],
+        batches: Sequence[list[int]],
         *,
-        batch_tokens: int,
         rank: int,
         world_size: int,
     ) -> Tensor:
-        lengths = [len(ids) for ids in self._texts]
-        batches = list(budget_batches(lengths, batch_tokens=batch_tokens))
         vectors_ND: Tensor | None = None
         # Sharded weights are gathered in every forward, so all workers take equally many; who has
         # no batch left embeds the last one again and leaves the result.
@@ -212,7 +206,7 @@ class Validator:
             own = min(first + rank, len(batches) - 1)
             part = encode([self._texts[i] for i in batches[own]]).float()
             if vectors_ND is None:
-                vectors_ND = part.new_zeros(len(lengths), part.shape[1])
+                vectors_ND = part.new_zeros(len(self._texts), part.shape[1])
             if own == first + rank:
                 vectors_ND[torch.tensor(batches[own], device=part.device)] = part
         assert vectors_ND is not None, "there is at least one text"
@@ -318,6 +312,13 @@ def ndcg(scores_QP: Tensor, relevant_QP: Tensor, *, cutoff: int = _CUTOFF) -> Te
     discounts_K = 1 / torch.log2(ranks_K + 2)
     most_Q = relevant_QP.sum(dim=1).clamp(max=gains_QK.shape[1])
     return (gains_QK * discounts_K).sum(dim=1) / discounts_K.cumsum(dim=0)[most_Q - 1]
+
+
+def _of_first_worker(found: Metrics, *, device: torch.device) -> Metrics:
+    """Its figures on all workers, who decide by them whether they write weights together."""
+    values = torch.tensor(list(found.values()), dtype=torch.float64, device=device)
+    dist.broadcast(values, src=0)
+    return dict(zip(found, values.tolist(), strict=True))
 
 
 def _group(sample: Sample, size: int, *, seed: int) -> tuple[Passage, ...]:

@@ -96,6 +96,29 @@ def test_dropout_of_attention_weights_is_drawn_and_repeats_with_the_seed():
     assert torch.equal(first, vectors(1)) and not torch.allclose(first, vectors(2), atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("family", "share"),
+    [("bert", "attention_probs_dropout_prob"), ("qwen3", "attention_dropout")],
+)
+def test_a_gpu_is_not_made_to_wait_by_dropout_of_attention_weights(monkeypatch, family, share):
+    weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(packing, "_is_ampere", lambda device: device == "cuda")
+
+    def is_packed(wanted, *, dropout, training):
+        model = make_model(family, **{share: dropout}).train(training)
+        model.parameters = lambda: iter([weight])
+        return use_packing(model, wanted)
+
+    assert not is_packed("auto", dropout=0.1, training=True)
+    assert is_packed("auto", dropout=0.1, training=False)
+    assert is_packed("auto", dropout=0.0, training=True)
+    assert is_packed("on", dropout=0.1, training=True)
+
+
+def test_cpus_pack_whatever_is_dropped():
+    assert use_packing(make_model("bert").train(), "auto")
+
+
 def reference_kernel(
     query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa
 ):

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from reasonembed.config import TrainConfig, TrainRuntime
 from reasonembed.redapter import loop
 from reasonembed.redapter.batches import BatchPlan
+from reasonembed.redapter.workers import all_true
 from tests.embedder.tiny import encoder_config
 from tests.redapter.chat_student import whole
 from tests.redapter.samples import samples
@@ -30,6 +31,8 @@ CASES = {
     "bfloat16": {"lora": LORA, "chunk_tokens": 40, "dtype": "bfloat16"},
 }
 RUN = {"lora": LORA, "chunk_tokens": 40}
+# A smaller rate, so that rounding stays small when every weight moves.
+ALL = {"lora": None, "learning_rate": 1e-3}
 STEPS = 3
 
 
@@ -87,9 +90,19 @@ def steps(checkpoint, changes, *, sharding="none", rank=0, world_size=1):
     }
 
 
-def train(checkpoint, folder, *, sharding="none", rank=0, world_size=1, resume_from=None, **more):
+def train(
+    checkpoint,
+    folder,
+    *,
+    changes=RUN,
+    sharding="none",
+    rank=0,
+    world_size=1,
+    resume_from=None,
+    **more,
+):
     """Metrics of all steps of a run, with the ids of each step's batch."""
-    config, runtime = settings(checkpoint, RUN, sharding=sharding)
+    config, runtime = settings(checkpoint, changes, sharding=sharding)
     rows, ids = [], {}
 
     def observe(step, groups, output):
@@ -114,7 +127,7 @@ def train(checkpoint, folder, *, sharding="none", rank=0, world_size=1, resume_f
     return result, rows
 
 
-def run(rank, world_size, checkpoint, folder, resume_from):
+def run(rank, world_size, checkpoint, folder, resume_from, bert, bert_resume_from):
     """Everything that is looked at, in one group of processes: starting one takes seconds."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store-{world_size}"
@@ -124,6 +137,12 @@ def run(rank, world_size, checkpoint, folder, resume_from):
     _, found["resumed"] = train(
         checkpoint, folder / f"resumed-by-{world_size}", resume_from=resume_from, **place
     )
+    cpu = torch.device("cpu")
+    found["agreed"] = [all_true(rank != 1, device=cpu), all_true(True, device=cpu)]
+    if world_size == 2:
+        _, found["pooled"] = train(
+            bert, folder / "pooled-by-2", resume_from=bert_resume_from, changes=ALL, **place
+        )
     torch.save(found, folder / f"{world_size}-{rank}.pt")
     dist.destroy_process_group()
 

@@ -100,6 +100,39 @@ def test_an_interrupted_run_resumes_bit_for_bit(checkpoint, tmp_path, finished):
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
 
 
+def test_weights_outside_the_forward_pass_do_not_stand_in_the_way_of_resuming(bert, tmp_path):
+    settings = {"lora": None, "learning_rate": 1e-3}
+    done, whole = run(bert, tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(bert, tmp_path / "cut", stop_after=3, **settings)
+    resume_from = tmp_path / "cut/checkpoint-2"
+    again, rest = run(bert, tmp_path / "cut", resume_from=resume_from, **settings)
+    assert [m["loss"] for m, _ in rest] == [m["loss"] for m, _ in whole[2:]]
+    found, expected = (load_file(r.weights_dir / "model.safetensors") for r in (again, done))
+    before = load_file(bert / "model.safetensors")
+    assert found.keys() == expected.keys() == before.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    still = {name for name in before if torch.equal(found[name], before[name])}
+    assert still == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def test_what_a_killed_run_left_is_removed_when_it_goes_on(checkpoint, tmp_path, finished):
+    left = (".checkpoint-1", ".checkpoint-6", "checkpoint-1", "checkpoint-3", "checkpoint-9")
+    others = ("weights-2", "checkpoint-2.pt", "checkpoint_manager_snapshot")
+    for name in (*left, *others):
+        (tmp_path / name).mkdir()
+    resume_from = finished[0] / "checkpoint-2"
+    with pytest.raises(DriftError):
+        run(checkpoint, tmp_path, resume_from=resume_from, learning_rate=1e-3)
+    assert {path.name for path in tmp_path.iterdir()} == {*left, *others}  # not this run's
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, tmp_path, resume_from=resume_from, stop_after=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", *others}
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, tmp_path, stop_after=1)
+    assert {path.name for path in tmp_path.iterdir()} == set(others)
+
+
 def test_resuming_a_finished_run_does_nothing(checkpoint, tmp_path, finished):
     folder, _, _ = finished
     again, reports = run(checkpoint, tmp_path, resume_from=folder / "checkpoint-5")
@@ -193,13 +226,14 @@ def test_samples_without_rewritten_queries_train_by_the_plain_mean(checkpoint, t
     plain = [type(one)(**{**vars(one), "rewritten_query": one.query}) for one in samples()]
     reports = []
     train(
-        config(checkpoint, max_steps=3, intensity_start_step=0),
+        config(checkpoint, max_steps=3, intensity_start_step=0, intensity_cap="adaptive"),
         plain,
         weights=checkpoint,
         runtime=TrainRuntime(threads=1),
         output_dir=tmp_path,
         report=lambda metrics, _: reports.append(metrics),
     )
+    assert {metrics["intensity_cap"] for metrics in reports} == {5.0}  # nothing to learn it from
     for metrics in reports:  # dropout moves the intensities, and would move the weights
         assert metrics["intensity_max"] > metrics["intensity_min"]
         assert metrics["effective_batch_size"] == pytest.approx(4, abs=1e-3)

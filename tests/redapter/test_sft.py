@@ -28,6 +28,10 @@ def student(tmp_path_factory):
     return chat_student.save_student_checkpoint(tmp_path_factory.mktemp("student"))
 
 
+def last_checkpoint(folder):
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
 def train(student, folder, *, resume_from=None, stop_after=None, **changes):
     reports = []
 
@@ -51,7 +55,7 @@ def train(student, folder, *, resume_from=None, stop_after=None, **changes):
 @pytest.fixture(scope="module")
 def finished(student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
-    return train(student, folder)
+    return *train(student, folder), last_checkpoint(folder)
 
 
 def model_of(folder):
@@ -148,13 +152,13 @@ def test_nothing_to_learn_is_refused():
 
 
 def test_every_step_is_reported_and_saved_on_time(finished):
-    result, reports = finished
+    result, reports, checkpoint = finished
     assert [metrics["step"] for metrics, _ in reports] == list(range(result.steps))
     names = {"step", "loss", "learning_rate", "grad_norm", "answer_tokens", *TIMED}
     for number, (metrics, path) in enumerate(reports, start=1):
         assert set(metrics) == names and all(map(math.isfinite, metrics.values()))
         assert (path is not None) == (number % 2 == 0 or number == result.steps)
-    assert result.checkpoint.name == f"checkpoint-{result.steps}"
+    assert checkpoint.name == f"checkpoint-{result.steps}"
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8, "dropout": 0.1}, None])
@@ -175,13 +179,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(student, tmp_path, lora):
 
 
 def test_resuming_a_finished_run_does_nothing(student, tmp_path, finished):
-    again, reports = train(student, tmp_path, resume_from=finished[0].checkpoint)
-    assert reports == [] and again.checkpoint == finished[0].checkpoint
+    again, reports = train(student, tmp_path, resume_from=finished[2])
+    assert reports == [] and again.steps == finished[0].steps and not any(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_other_settings_is_refused(student, tmp_path, finished):
     with pytest.raises(DriftError, match="other settings or answers"):
-        train(student, tmp_path, resume_from=finished[0].checkpoint, learning_rate=1e-3)
+        train(student, tmp_path, resume_from=finished[2], learning_rate=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +194,15 @@ def test_a_checkpoint_of_other_settings_is_refused(student, tmp_path, finished):
     ids=["lora", "all weights", "bfloat16"],
 )
 def test_what_is_saved_is_what_was_learnt_and_stands_alone(student, tmp_path, changes):
-    result, reports = train(student, tmp_path / "sft", epochs=20, **changes)
+    _, reports = train(student, tmp_path / "sft", epochs=20, **changes)
+    checkpoint = last_checkpoint(tmp_path / "sft")
     assert reports[-1][0]["loss"] < 0.5 * reports[0][0]["loss"]
     settings = config(epochs=20, **changes)
     for _ in range(2):  # a second time in the place of the first
-        save_student(settings, result.checkpoint, weights=student, output_dir=tmp_path / "model")
+        save_student(settings, checkpoint, weights=student, output_dir=tmp_path / "model")
     exact = settings.model_copy(update={"dtype": "float32"})
     placed = sft._prepare(exact, student, TrainRuntime()).placed
-    load_learnt(result.checkpoint, placed)
+    load_learnt(checkpoint, placed)
     saved, batch = model_of(tmp_path / "model"), examples(student)
     with torch.no_grad():
         found, expected = (sft.answer_loss(m, batch) for m in (saved, placed.model.eval()))
@@ -212,7 +217,7 @@ def test_what_is_saved_is_what_was_learnt_and_stands_alone(student, tmp_path, ch
 
 
 def test_adapters_train_every_projection_and_nothing_else(finished):
-    names = learnt(finished[0].checkpoint).keys()
+    names = learnt(finished[2]).keys()
     assert all("lora_" in name for name in names)
     assert {name.split(".")[-4] for name in names} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",

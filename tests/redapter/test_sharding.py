@@ -14,8 +14,7 @@ from reasonembed.config import TrainRuntime
 from reasonembed.embedder.contract import resolve_contract
 from reasonembed.embedder.encode import Embedder, load_backbone
 from reasonembed.errors import ConfigError, DriftError, ModelError
-from reasonembed.redapter import loop, sharding
-from reasonembed.redapter.checkpoints import last_checkpoint
+from reasonembed.redapter import loop, sharding, step
 from tests.redapter import shard_worker
 from tests.redapter.samples import samples
 from tests.redapter.saved import state_of
@@ -37,7 +36,15 @@ def alone(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def groups(checkpoint, alone, tmp_path_factory):
+def pooled(bert, tmp_path_factory):
+    """An uninterrupted run of one process on all weights of a model with a pooler."""
+    folder = tmp_path_factory.mktemp("pooled")
+    _, rows = shard_worker.train(bert, folder, changes=shard_worker.ALL)
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def groups(checkpoint, bert, alone, pooled, tmp_path_factory):
     """What 2 and 4 processes found, by number and rank, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp("groups")
     resume_from = alone[0] / "checkpoint-2"
@@ -46,7 +53,7 @@ def groups(checkpoint, alone, tmp_path_factory):
     for count in (2, 4):
         torch.multiprocessing.start_processes(
             shard_worker.run,
-            args=(count, checkpoint, folder, resume_from),
+            args=(count, checkpoint, folder, resume_from, bert, pooled[0] / "checkpoint-2"),
             nprocs=count,
             start_method="forkserver",
         )
@@ -90,6 +97,10 @@ def test_shards_multiply_in_bfloat16_and_learn_in_float32(checkpoint, groups):
         assert {w.dtype for w in found["weights"].values()} == {torch.float32}
 
 
+def test_what_is_false_on_one_worker_is_false_on_all(groups):
+    assert [found["agreed"] for found in groups[1].values()] == [[False, True]] * 6
+
+
 def assert_same_run(found, expected):
     assert [row["ids"] for row in found] == [row["ids"] for row in expected]
     for one, other in zip(found, expected, strict=True):
@@ -113,6 +124,19 @@ def test_one_worker_goes_on_where_more_stopped(checkpoint, tmp_path, groups, alo
     assert learnt.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(learnt[key], tensor, rtol=1e-2, atol=RELATIVE)
+
+
+def test_weights_outside_the_forward_pass_are_in_checkpoints_of_any_number_of_workers(
+    bert, tmp_path, groups, pooled
+):
+    assert_same_run(groups[1][2, 0]["pooled"], pooled[1][2:])
+    saved = groups[0] / "pooled-by-2" / "checkpoint-4"
+    _, rows = shard_worker.train(bert, tmp_path, resume_from=saved, changes=shard_worker.ALL)
+    assert_same_run(rows, pooled[1][4:])
+    of_one, of_two = (state_of(f / "checkpoint-6") for f in (pooled[0], saved.parent))
+    names = [set(dict(_leaves(state["optimizer"]["state"]))) for state in (of_one, of_two)]
+    assert names[0] == names[1]
+    assert any("pooler" in "".join(path) for path in names[0])
 
 
 def test_shards_write_the_same_names_and_shapes_as_one_process(groups, alone):
@@ -144,13 +168,14 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(checkpoint, tmp_path, 
     process.start()
     process.join(120)
     assert process.exitcode == -9
-    assert (tmp_path / ".checkpoint-4").is_dir()  # the torn one
-    last = last_checkpoint(tmp_path)
-    assert last == tmp_path / "checkpoint-2"
-    _, rows = shard_worker.train(checkpoint, tmp_path, resume_from=last)
+
+    def checkpoints():
+        return sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
+
+    assert checkpoints() == [".checkpoint-4", "checkpoint-2"]  # the torn one has a dot
+    _, rows = shard_worker.train(checkpoint, tmp_path, resume_from=tmp_path / "checkpoint-2")
     assert_same_run(rows, alone[2][2:])
-    assert not (tmp_path / ".checkpoint-4").exists()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert checkpoints() == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 def test_what_a_checkpoint_must_fit(checkpoint, tmp_path, alone):
@@ -261,6 +286,26 @@ def test_kernels_replace_layers_but_no_head(checkpoint, monkeypatch):
     table.MODEL_TYPE_TO_APPLY_LIGER_FN.clear()
     with pytest.raises(ConfigError, match="liger has none for tiny"):
         sharding._use_liger(model, name="tiny")
+
+
+@pytest.mark.slow
+def test_compiled_layers_draw_the_same_dropout_with_and_without_a_graph(checkpoint):
+    config, runtime = shard_worker.settings(
+        checkpoint, {"lora": shard_worker.LORA | {"dropout": 0.5}, "compile": True}
+    )
+    state = loop._prepare(config, checkpoint, runtime)
+    for name, parameter in state.placed.learnt.items():
+        if "lora_B" in name:  # begins with 0, and dropout before it would change nothing
+            torch.nn.init.normal_(parameter)
+    texts = [tuple(range(5, 9 + i)) for i in range(7)]
+
+    def passes(seed):
+        return step._Passes(state.encode, texts, [[4, 5, 6], [0, 1, 2, 3]], seed=seed)
+
+    found = passes(7)
+    first = found.first()[:4]
+    assert torch.equal(first, found._forward(1))
+    assert (first - passes(8).first()[:4]).abs().max() > 1e-2
 
 
 @pytest.mark.slow

@@ -122,6 +122,45 @@ def test_mlflow_goes_on_with_its_run(tmp_path, monkeypatch):
     ]
 
 
+def broken_mlflow(monkeypatch, *, at):
+    """A module whose server is away from one call on; returns the names of the calls."""
+    calls = []
+
+    def call(name, answer=None):
+        def made(*_, **__):
+            calls.append(name)
+            if name == at:
+                raise ConnectionError(f"no server for {name}")
+            return answer
+
+        return made
+
+    run = SimpleNamespace(info=SimpleNamespace(run_id="r1"))
+    names = ("set_experiment", "log_params", "log_metrics", "end_run")
+    content = {name: call(name) for name in names} | {"start_run": call("start_run", run)}
+    module(monkeypatch, "mlflow", **content)
+    return calls
+
+
+@pytest.mark.parametrize("at", ["set_experiment", "log_metrics", "end_run"])
+def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(tmp_path, monkeypatch, caplog, at):
+    noted = []
+    run = SimpleNamespace(
+        log=lambda figures, step: noted.append(step), finish=lambda: noted.append("end")
+    )
+    module(monkeypatch, "wandb", init=lambda **_: run)
+    calls = broken_mlflow(monkeypatch, at=at)
+    made = Trackers(["mlflow", "wandb"], directory=tmp_path, settings={})
+    for step in range(3):
+        made.write({"step": float(step), "loss": 2.0})
+    made.close()
+    assert noted == [0, 1, 2, "end"]
+    assert calls.count(at) == 1 and calls[-1] == at  # it is not asked again
+    (record,) = caplog.records  # said once, with the cause
+    assert record.levelname == "WARNING" and "mlflow" in record.message
+    assert f"no server for {at}" in caplog.text
+
+
 def test_a_missing_package_is_named_before_training(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="asks for mlflow, but mlflow is not installed"):

@@ -147,16 +147,43 @@ def test_workers_share_the_texts_and_agree(monkeypatch):
         forwards.append(0)
         return validator(rows).measure(counted, batch_tokens=300, rank=rank, world_size=world_size)
 
+    figures_of_first = []
+
+    def broadcast(own, src):
+        figures_of_first.append(own.clone())
+        own.copy_(figures_of_first[src])
+
+    monkeypatch.setattr(validate.dist, "broadcast", broadcast)
     monkeypatch.setattr(validate.dist, "all_reduce", lambda own: parts.append(own.clone()))
     for rank in range(world_size):
         part_of(rank)
     # Each vector comes from one worker alone, and none takes fewer forward passes than another.
     assert (sum((part != 0).any(dim=1).int() for part in parts) == 1).all()
     assert len(set(forwards)) == 1
-    monkeypatch.setattr(validate.dist, "all_reduce", lambda own: own.copy_(sum(parts)))
+    figures_of_first.clear()
+    # Who adds up in another order must not come to another decision about the best weights.
+    monkeypatch.setattr(
+        validate.dist,
+        "all_reduce",
+        lambda own: own.copy_(sum(parts)).add_(1e-3 * len(figures_of_first)),
+    )
     for rank in range(world_size):
         found = part_of(rank)
         assert {name: found[name] for name in expected} == expected
+    assert not torch.equal(figures_of_first[0], figures_of_first[-1])
+
+
+def test_packed_texts_are_cut_by_their_tokens():
+    sizes = []
+
+    def counted(sequences):
+        lengths = [len(ids) for ids in sequences]
+        sizes.append((sum(lengths), len(lengths) * max(lengths)))
+        return encode(sequences)
+
+    validator(two_tasks()).measure(counted, batch_tokens=300, is_packed=True)
+    assert all(tokens <= 300 for tokens, _ in sizes)
+    assert any(padded > 300 for _, padded in sizes)
 
 
 def test_a_source_document_is_hidden_from_its_own_query_alone():
@@ -250,7 +277,7 @@ def test_the_best_weights_are_kept_through_a_restart(tmp_path):
     again = Course(tmp_path, scores, is_fresh=False)  # killed; goes on from an earlier checkpoint
     again.run(range(2, 6))
     assert (
-        again.best.record == best_record(tmp_path) == Record(step=4, score=0.4)
+        again.best.record == best_record(tmp_path) == Record(4, 0.4, folder="weights-4")
     )  # ties: the first
     for _ in range(2):
         again.best.place(tmp_path / "weights")
@@ -258,7 +285,7 @@ def test_the_best_weights_are_kept_through_a_restart(tmp_path):
     assert kept(tmp_path) == ["weights", "weights-4"]
     anew = Course(tmp_path, [0.0, 0.1, 0.2, 0.1, 0.05])
     anew.run(range(4))
-    assert best_record(tmp_path) == Record(step=2, score=0.2)
+    assert best_record(tmp_path) == Record(2, 0.2, folder="weights-2")
 
 
 def test_killed_between_weights_and_their_record_the_old_ones_stay(tmp_path):
@@ -273,8 +300,31 @@ def test_killed_between_weights_and_their_record_the_old_ones_stay(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         course.run(range(2, 4))
     again = Course(tmp_path, course.scores, is_fresh=False)
-    assert again.best.record == Record(step=2, score=0.3)
+    assert again.best.record == Record(2, 0.3, folder="weights-2")
     again.best.place(tmp_path / "weights")
+    assert (tmp_path / "weights" / "model").read_text() == "2"
+
+
+def test_better_weights_of_the_same_step_never_touch_those_that_are_recorded(tmp_path):
+    (tmp_path / ".weights-1.partial").mkdir()  # killed while it was written
+    Course(tmp_path, [0.0, 0.0, 0.3]).run(range(2))
+    assert kept(tmp_path) == ["weights-2"] and not list(tmp_path.glob(".weights*"))
+
+    def killed(target):
+        assert not target.exists()
+        raise KeyboardInterrupt
+
+    for score, name in ((0.4, "weights-2-again"), (0.5, "weights-2")):
+        course = Course(tmp_path, [0.0, 0.0, score], is_fresh=False)
+        course.best._write = killed
+        with pytest.raises(KeyboardInterrupt):
+            course.run(range(2))
+        assert kept(tmp_path) == [best_record(tmp_path).folder]
+        course = Course(tmp_path, [0.0, 0.0, score], is_fresh=False)
+        course.run(range(2))
+        assert best_record(tmp_path) == Record(2, score, folder=name)
+        assert kept(tmp_path) == [name]
+    course.best.place(tmp_path / "weights")
     assert (tmp_path / "weights" / "model").read_text() == "2"
 
 
@@ -309,8 +359,6 @@ def test_a_trained_model_is_measured_and_its_best_weights_are_exported(checkpoin
         )
         return reports, observed
 
-    with pytest.raises(ConfigError, match="no sample is held out"):
-        run()
     reports, observed = run(held_out=read_held_out(tables(rows), config))
     assert observed == [(step, 4) for step in range(5)]
     scores = {int(m["step"]) + 1: m["held_out_ndcg@10"] for m in reports if "held_out_s" in m}
