@@ -23,13 +23,19 @@ from reasonembed.artifacts import Artifact
 from reasonembed.config import BM25Retriever, RunRetriever
 from reasonembed.index.bm25 import BM25Index
 from reasonembed.index.exact import NO_DOCUMENT, Positions, Scores, pair_scores
-from reasonembed.index.places import Wanted, by_row_group, locate, places_for, read_vectors
+from reasonembed.index.places import (
+    Wanted,
+    by_row_group,
+    excluded_positions,
+    locate,
+    places_for,
+    read_vectors,
+)
 from reasonembed.index.shards import (
     CommittedHits,
     ShardSearch,
     block_keys,
     block_rows,
-    excluded_positions,
     group_queries,
     plan_shards,
 )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from reasonembed.artifacts import Artifact
 from reasonembed.errors import StorageError
+from reasonembed.index.exact import NO_DOCUMENT
 
 Indices = NDArray[np.int64]
 
@@ -102,3 +103,11 @@ def read_vectors(artifact: Artifact, places: pa.Table) -> NDArray[np.float32]:
         flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
         vectors_ND[wanted.where] = flat.reshape(-1, dimension)[wanted.rows]
     return vectors_ND
+
+
+def excluded_positions(excluded: pa.ChunkedArray, doc_ids: pa.Array) -> list[list[int]]:
+    """Positions in `doc_ids` of each query's excluded documents, of those that are in it."""
+    lists = excluded.combine_chunks()
+    found = pc.index_in(lists.flatten(), value_set=doc_ids).fill_null(NO_DOCUMENT).to_numpy()
+    ends = np.cumsum(pc.list_value_length(lists).to_numpy())[:-1]
+    return [part[part >= 0].tolist() for part in np.split(found, ends)] if len(lists) else []

@@ -27,7 +27,7 @@ from reasonembed.index.exact import (
     merge_topk,
     search,
 )
-from reasonembed.index.places import places_for, read_vectors
+from reasonembed.index.places import excluded_positions, places_for, read_vectors
 from reasonembed.schemas import HITS, conform, stable_hash
 
 _HITS_IN_BLOCK = 2**20  # ids and scores of one block and shard: some 30 MB
@@ -208,14 +208,6 @@ def _accelerator(device: str) -> Filter:
     from reasonembed.index.accelerator import TorchFilter  # torch, seconds to load
 
     return TorchFilter(device)
-
-
-def excluded_positions(excluded: pa.ChunkedArray, doc_ids: pa.Array) -> list[list[int]]:
-    """Positions in `doc_ids` of each query's excluded documents, of those that are in it."""
-    lists = excluded.combine_chunks()
-    found = pc.index_in(lists.flatten(), value_set=doc_ids).fill_null(NO_DOCUMENT).to_numpy()
-    ends = np.cumsum(pc.list_value_length(lists).to_numpy())[:-1]
-    return [part[part >= 0].tolist() for part in np.split(found, ends)] if len(lists) else []
 
 
 def _as_row(

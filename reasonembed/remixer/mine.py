@@ -24,7 +24,13 @@ from reasonembed.config import MineConfig
 from reasonembed.errors import ConfigError, CorpusError
 from reasonembed.evaluation.runs import read_trec
 from reasonembed.index.exact import NO_DOCUMENT, Positions, Scores
-from reasonembed.index.places import Wanted, by_row_group, first_of_each, places_of
+from reasonembed.index.places import (
+    Wanted,
+    by_row_group,
+    excluded_positions,
+    first_of_each,
+    places_of,
+)
 from reasonembed.remixer.duplicates import shingles, similarity
 from reasonembed.remixer.fusion import Fused, Origin, quota, rrf
 from reasonembed.schemas import CANDIDATES, from_rows, text_id
@@ -315,13 +321,9 @@ class RunFile:
         """The first k documents that a query may get; filled with -inf and -1."""
         scores_QK = np.full((queries.num_rows, k), -np.inf, dtype=np.float32)
         positions_QK = np.full((queries.num_rows, k), NO_DOCUMENT, dtype=np.int64)
-        excluded = queries.column("excluded").combine_chunks()
-        shut = pc.index_in(excluded.flatten(), value_set=self._doc_ids).to_pylist()
-        own_Q: list[set[int | None]] = [set() for _ in range(queries.num_rows)]
-        for row, position in zip(pc.list_parent_indices(excluded).to_pylist(), shut, strict=True):
-            own_Q[row].add(position)
+        excluded = excluded_positions(queries.column("excluded"), self._doc_ids)
         for row, query_id in enumerate(queries.column("query_id").to_pylist()):
-            barred = self._always | own_Q[row]
+            barred = self._always.union(excluded[row])
             found = self._rows.get(query_id, {})
             kept = [(one, score) for one, score in found.items() if one not in barred][:k]
             positions_QK[row, : len(kept)] = [one for one, _ in kept]
