@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from reasonembed.artifacts import Artifact
 from reasonembed.config import MineConfig
 from reasonembed.errors import ConfigError, CorpusError
-from reasonembed.evaluation.runs import read_trec
+from reasonembed.evaluation.runs import read_run
 from reasonembed.index.exact import NO_DOCUMENT, Positions, Scores
+from reasonembed.index.fusion import Fused, Origin, quota, rrf
 from reasonembed.index.places import (
     Wanted,
     by_row_group,
@@ -32,7 +33,6 @@ from reasonembed.index.places import (
     places_of,
 )
 from reasonembed.remixer.duplicates import shingles, similarity
-from reasonembed.remixer.fusion import Fused, Origin, quota, rrf
 from reasonembed.schemas import CANDIDATES, from_rows, text_id
 from reasonembed.tasks import Task
 
@@ -284,28 +284,28 @@ def plan_queries(
 
 
 class RunFile:
-    """A TREC run over our query ids as a retriever.
+    """A run over our query ids as a retriever.
 
     Args:
-        path: The file.
+        path: The file, in any form that `runs.read_run` reads.
         documents: What may be searched; a document that another stands for counts as that one.
         always: Rows of documents that no query gets.
 
     Raises:
         ConfigError: The file cannot be read, or names a document that is not in the corpus.
-        EvaluationError: See `runs.read_trec`.
+        EvaluationError: See `runs.read_run`.
     """
 
     def __init__(self, path: str, documents: Documents, *, always: frozenset[int]) -> None:
         file = Path(path)
         if not file.is_file():
             raise ConfigError(f"no run file at {file}")
-        run = read_trec(file)
+        run = read_run(file)
         try:  # all at once: every call hashes the whole corpus
             ids = [doc_id for scores in run.values() for doc_id in scores]
             positions = documents.positions(ids)
         except CorpusError as error:
-            raise _locate_unknown(file, documents) from error
+            raise _locate_unknown(file, run, documents) from error
         ends = np.cumsum([0, *(len(scores) for scores in run.values())])
         self._rows = {
             query_id: _best_of_each(positions[start:stop], list(scores.values()))
@@ -351,16 +351,18 @@ def _read_ids(path: str, documents: Documents) -> frozenset[int]:
         raise ConfigError(f"mine.exclude_ids: {path}: {error}") from error
 
 
-def _locate_unknown(file: Path, documents: Documents) -> ConfigError:
+def _locate_unknown(
+    file: Path, run: Mapping[str, Iterable[str]], documents: Documents
+) -> ConfigError:
     known = set(documents.members.to_pylist())
-    lines = file.read_text(encoding="utf-8").split("\n")
-    number, doc_id = next(
-        (number, line.split()[2])
-        for number, line in enumerate(lines, start=1)
-        if line.strip() and line.split()[2] not in known
+    query_id, doc_id = next(
+        (query_id, doc_id)
+        for query_id, doc_ids in run.items()
+        for doc_id in doc_ids
+        if doc_id not in known
     )
     return ConfigError(
-        f"{file}, line {number}: document {doc_id!r} is not in the corpus of {len(known)} "
+        f"{file}, query {query_id!r}: document {doc_id!r} is not in the corpus of {len(known)} "
         "documents; was the run made over another corpus?"
     )
 

@@ -13,15 +13,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import bm25s
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import Stemmer
 from numpy.typing import NDArray
 
 from reasonembed.corpus import CorpusStore
 from reasonembed.evaluation.compare import Comparison, compare
+from reasonembed.index.analysis import distinct_terms
 from reasonembed.index.bm25 import BM25Index
 from reasonembed.remixer.mine import MINER
 from reasonembed.schemas import stable_hash, text_id
@@ -259,25 +258,14 @@ def _split(values: Sequence[float], one: _Pairs) -> tuple[float, float | None]:
 
 def _overlap(query: str, documents: Sequence[str]) -> dict[str, list[float]]:
     """The three figures of a query with each of some documents."""
-    asked, *told = _content_words([query, *documents])
+    # The words of `index.bm25`, so that overlap and BM25 speak of the same thing.
+    asked, *told = distinct_terms([query, *documents])
     words = _words(query)
     return {
         "shared_words": [len(asked & one) / max(1, len(asked)) for one in told],
         "jaccard": [len(asked & one) / max(1, len(asked | one)) for one in told],
         "copied_words": [float(longest_copied_run(words, _words(one))) for one in documents],
     }
-
-
-def _content_words(texts: Sequence[str]) -> list[set[str]]:
-    # The words of `index.bm25`, so that overlap and BM25 speak of the same thing.
-    words = bm25s.tokenize(
-        list(texts),
-        stopwords="english",
-        stemmer=Stemmer.Stemmer("english"),
-        return_ids=False,
-        show_progress=False,
-    )
-    return [set(one) for one in words]
 
 
 def _words(text: str) -> list[str]:

@@ -316,10 +316,19 @@ def test_a_run_file_is_looked_up_at_once_whatever_the_number_of_queries(tmp_path
     assert len(lookups) == 2  # its documents, and what is excluded
 
 
-def test_an_unknown_document_in_a_run_file_is_named_with_its_line(tmp_path):
+def test_a_run_file_may_be_in_any_form(tmp_path):
+    documents = read_documents(corpus(tmp_path, {"a": "one", "b": "two"}))
+    path = tmp_path / "run.json"
+    path.write_text('{"q0": {"a": 1.5, "b": 2.5}}')
+    asked = planned(documents.doc_ids, q0=[])
+    scores, _ = RunFile(str(path), documents, always=frozenset()).search(asked, k=2)
+    assert scores[0].tolist() == [2.5, 1.5]
+
+
+def test_an_unknown_document_in_a_run_file_is_named_with_its_query(tmp_path):
     documents = read_documents(corpus(tmp_path, {"a": "one"}))
     path = run_file(tmp_path, "q0 Q0 a 1 3.5 x", "", "q0 Q0 zz 2 3.0 x")
-    with pytest.raises(ConfigError, match=r"other\.trec, line 3: document 'zz' is not in"):
+    with pytest.raises(ConfigError, match=r"other\.trec, query 'q0': document 'zz' is not in"):
         RunFile(path, documents, always=frozenset())
     with pytest.raises(ConfigError, match="no run file at"):
         RunFile(path + "x", documents, always=frozenset())

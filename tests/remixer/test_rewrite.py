@@ -120,7 +120,7 @@ def tokenise(tmp_path_factory):
     """Token ids of a query under a contract's limit, instruction and end token included."""
     from transformers import AutoTokenizer
 
-    from reasonembed.embedder.contract import Pooling, TokenisationContract
+    from reasonembed.embedder.contract import Attention, Pooling, TokenisationContract
     from reasonembed.embedder.tokenisation import ContractTokenizer, Role
     from tests.embedder.tiny import save_tokenizer
 
@@ -133,6 +133,7 @@ def tokenise(tmp_path_factory):
             model="tiny",
             weights="",
             query_template="Instruct: {instruction}\nQuery: {query}",
+            attention=Attention.CAUSAL,
             pooling=Pooling.LAST,
             dtype="float32",
             dimension=1,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonembed.remixer.fusion import Origin, quota, rrf
+from reasonembed.index.fusion import Origin, quota, rrf, weighted
 
 LISTS = st.dictionaries(
     st.sampled_from(["miner", "bm25", "run"]),
@@ -50,6 +50,23 @@ def test_the_order_of_retrievers_does_not_matter_to_rrf(ranked, k):
 def test_equal_sums_stand_by_doc_id():
     fused = rrf({"miner": ["z", "b"], "bm25": ["a", "c"]}, k=3)
     assert [one.doc_id for one in fused] == ["a", "z", "b"]
+
+
+def test_weighted_brings_each_retriever_to_the_same_scale():
+    scored = {
+        "miner": {"a": 8.0, "b": 6.0, "c": 4.0},
+        "bm25": {"d": 0.3, "b": 0.1},
+        "run": {"c": 5},
+    }
+    fused = weighted(scored, k=4, weights={"miner": 2.0, "bm25": 1.0, "run": 0.5})
+    # b is in the middle of one list and the last of another; c is the last, and alone in its list.
+    assert [(one.doc_id, one.score) for one in fused] == [
+        ("a", 2.0),
+        ("b", 1.0),
+        ("d", 1.0),
+        ("c", 0.5),
+    ]
+    assert fused[1].origins == (Origin("miner", 2), Origin("bm25", 2))
 
 
 @given(LISTS, K, st.data())
