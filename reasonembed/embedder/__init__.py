@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from reasonembed.embedder.contract import Pooling, TokenisationContract, resolve_contract
+from reasonembed.embedder.contract import (
+    Attention,
+    Pooling,
+    TokenisationContract,
+    resolve_contract,
+)
 from reasonembed.embedder.tokenisation import Role
 
 if TYPE_CHECKING:
     from reasonembed.embedder.encode import Embedder
 
-__all__ = ["Embedder", "Pooling", "Role", "TokenisationContract", "resolve_contract"]
+__all__ = ["Attention", "Embedder", "Pooling", "Role", "TokenisationContract", "resolve_contract"]
 
 
 def __getattr__(name: str) -> Any:

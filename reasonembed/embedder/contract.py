@@ -20,6 +20,10 @@ from reasonembed.schemas import stable_hash
 CONTRACT_FILE = "contract.json"
 MIN_TOKENS = 8
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
+# Decoders that transformers can let see both sides of a token (`is_causal` of the configuration),
+# tested to do so padded and packed. A window, as Mistral's, would reach ahead by another number of
+# tokens in the two.
+SWITCHABLE = ("llama", "qwen2", "qwen3")
 # Families of RoBERTa's descent: positions begin after the padding id.
 _AFTER_PADDING = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
@@ -32,6 +36,13 @@ class Pooling(StrEnum):
     CLS = "cls"
 
 
+class Attention(StrEnum):
+    """Which tokens a token sees: those up to itself, or all."""
+
+    CAUSAL = "causal"
+    BIDIRECTIONAL = "bidirectional"
+
+
 @dataclass(frozen=True)
 class TokenisationContract:
     """How a text becomes a vector, given the weights.
@@ -39,13 +50,16 @@ class TokenisationContract:
     Attributes:
         model: The name that the configuration gave; for people, not part of the fingerprint.
         weights: `models.weights_fingerprint` of the checkpoint.
-        query_template: Holds `{query}` and, where the model takes one, `{instruction}`; applied
-            to queries only, documents stay bare.
+        query_template: Holds `{query}` and, where the model takes one, `{instruction}`.
+        document_template: Holds `{document}`.
         append_token_id: The id that ends every text, also a truncated one; None where the
             tokenizer's own form is kept as it is.
+        attention: Which tokens a token sees.
         pooling: Which hidden states make the vector.
+        pool_template: Whether the tokens before the text, the template's and those that the
+            tokenizer begins with, enter the mean.
         max_query_tokens: Length limit of a query, template and special tokens included.
-        max_document_tokens: Length limit of a document, special tokens included.
+        max_document_tokens: The same of a document.
         dtype: Of the weights in the forward pass; vectors are float32 in any case.
         dimension: Length of a vector.
         layers: Layers of the checkpoint that are used, from the first; None for all.
@@ -56,30 +70,37 @@ class TokenisationContract:
     weights: str
     query_template: str
     append_token_id: int | None
+    attention: Attention
     pooling: Pooling
     max_query_tokens: int
     max_document_tokens: int
     dtype: str
     dimension: int
+    document_template: str = "{document}"
+    pool_template: bool = True
     layers: int | None = None
     normalise: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """A mapping of JSON values; `from_json` reads it back."""
-        return asdict(self) | {"pooling": self.pooling.value}
+        return asdict(self) | {"attention": self.attention.value, "pooling": self.pooling.value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TokenisationContract:
         """Reads what `to_json` wrote.
 
         Raises:
-            ModelError: A key is missing or unknown, or the pooling is not known.
+            ModelError: A key is missing or unknown, or attention or pooling is not known.
         """
         names = {field.name for field in fields(cls)}
         if set(data) != names:
-            raise ModelError(f"{CONTRACT_FILE} holds keys {sorted(data)}, expected {sorted(names)}")
+            raise ModelError(
+                f"{CONTRACT_FILE} holds keys {sorted(data)}, expected {sorted(names)}; if another "
+                "version has written it, export the model again"
+            )
+        kinds = {"attention": Attention, "pooling": Pooling}
         try:
-            return cls(**data | {"pooling": Pooling(data["pooling"])})
+            return cls(**data | {name: kind(data[name]) for name, kind in kinds.items()})
         except ValueError as error:
             raise ModelError(f"{CONTRACT_FILE}: {error}") from error
 
@@ -105,32 +126,40 @@ def load_tokenizer(path: Path) -> Any:
 def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
     """Fills in every `auto` from the checkpoint.
 
-    Pooling: what sentence-transformers' `1_Pooling` says, else mean for encoders that were trained
-    on masked words, and last for decoders. End token (last pooling only): the one that the
-    tokenizer appends, else the first of `<|endoftext|>` (Qwen3, as released by the paper),
-    `<|end_of_text|>` (Llama 3, whose tokenizer adds a beginning alone) that the vocabulary holds,
-    else the tokenizer's end-of-sequence token.
+    Attention: what the configuration of the weights says by `is_causal`, else causal for decoders.
+    Weights that bring model code of their own must be told: that code is not run, and whether it
+    let tokens see both sides is written nowhere else. Pooling: what sentence-transformers'
+    `1_Pooling` says, else mean for encoders that were trained on masked words, and last for
+    decoders. End token (last pooling only): the one that the tokenizer appends, else the first of
+    `<|endoftext|>` (Qwen3, as released by the paper), `<|end_of_text|>` (Llama 3, whose tokenizer
+    adds a beginning alone) that the vocabulary holds, else the tokenizer's end-of-sequence token.
 
     Args:
         path: Checkpoint folder.
         config: Encoder section of the configuration.
 
     Raises:
-        ConfigError: The template lacks `{query}`, a length limit is too small or larger than the
-            model's positions, the token to append is not one token of the vocabulary, or the
-            folder is an export that was trained with other pooling, template or end token.
+        ConfigError: A template lacks its slot, a length limit is too small or larger than the
+            model's positions, the token to append is not one token of the vocabulary, attention
+            must be said or cannot be switched, `pool_template` is false without mean pooling, or
+            the folder is an export that was trained under another contract.
         ModelError: The folder is not a checkpoint.
     """
     model_config = _read_json(path / "config.json")
-    _check_template(config)
+    _check_templates(config)
     _check_lengths(config, limit=_positions(model_config))
     pooling = _resolve_pooling(path, config, model_config)
+    if not config.pool_template and pooling is not Pooling.MEAN:
+        raise ConfigError(f"encoder.pool_template false is for mean pooling; this is {pooling}")
     contract = TokenisationContract(
         model=config.model,
         weights=weights_fingerprint(path),
         query_template=config.query_template,
+        document_template=config.document_template,
         append_token_id=_resolve_end_token(path, config, pooling),
+        attention=_resolve_attention(config, model_config),
         pooling=pooling,
+        pool_template=config.pool_template,
         max_query_tokens=config.max_query_tokens,
         max_document_tokens=config.max_document_tokens,
         dtype=config.dtype,
@@ -141,6 +170,17 @@ def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
     return contract
 
 
+_TRAINED = (
+    "attention",
+    "pooling",
+    "pool_template",
+    "query_template",
+    "document_template",
+    "append_token_id",
+    "normalise",
+)
+
+
 def _check_trained(path: Path, contract: TokenisationContract) -> None:
     """An export says what its weights were trained under; under anything else they mean little."""
     if not (path / CONTRACT_FILE).is_file():
@@ -148,7 +188,7 @@ def _check_trained(path: Path, contract: TokenisationContract) -> None:
     trained = TokenisationContract.from_json(_read_json(path / CONTRACT_FILE))
     differ = [
         f"{name} {getattr(contract, name)!r} (trained with {getattr(trained, name)!r})"
-        for name in ("pooling", "query_template", "append_token_id", "normalise")
+        for name in _TRAINED
         if getattr(contract, name) != getattr(trained, name)
     ]
     if differ:
@@ -194,9 +234,11 @@ def _read_json(file: Path) -> Any:
         raise ModelError(f"cannot read {file}: {error}") from error
 
 
-def _check_template(config: EncoderConfig) -> None:
-    if "{query}" not in config.query_template:
-        raise ConfigError(f"encoder.query_template {config.query_template!r} lacks {{query}}")
+def _check_templates(config: EncoderConfig) -> None:
+    for name in ("query", "document"):
+        template = getattr(config, f"{name}_template")
+        if f"{{{name}}}" not in template:
+            raise ConfigError(f"encoder.{name}_template {template!r} lacks {{{name}}}")
 
 
 def _check_lengths(config: EncoderConfig, *, limit: int | None) -> None:
@@ -218,6 +260,41 @@ def _resolve_pooling(path: Path, config: EncoderConfig, model_config: dict[str, 
     # Decoders are causal: only their last position has seen the whole text.
     is_decoder = any("CausalLM" in name for name in model_config.get("architectures") or ())
     return Pooling.LAST if is_decoder or not _fills_gaps(model_config) else Pooling.MEAN
+
+
+def _resolve_attention(config: EncoderConfig, model_config: dict[str, Any]) -> Attention:
+    own, family = _own_attention(model_config), model_config.get("model_type")
+    if config.attention == "auto":
+        own_code = (model_config.get("auto_map") or {}).get("AutoModel")
+        if own_code and "is_causal" not in model_config and family in SWITCHABLE:
+            raise ConfigError(
+                f"encoder.attention: {config.model} brings model code of its own ({own_code}), "
+                "which is not run here and may let tokens see those after them; say causal or "
+                "bidirectional, as the model's authors do"
+            )
+        return own
+    wanted = Attention(config.attention)
+    if wanted is not own and family not in SWITCHABLE:
+        raise ConfigError(
+            f"encoder.attention {wanted}: that of {family} models is {own}; it can be chosen for "
+            f"{', '.join(SWITCHABLE)} only"
+        )
+    return wanted
+
+
+def _own_attention(model_config: dict[str, Any]) -> Attention:
+    """What transformers' own code does with such a configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if "is_causal" in model_config:
+        is_causal = bool(model_config["is_causal"])
+    elif _fills_gaps(model_config):
+        is_causal = bool(model_config.get("is_decoder"))
+    else:
+        sees_both = bool(model_config.get("use_bidirectional_attention"))
+        is_decoder = model_config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        is_causal = is_decoder and not sees_both
+    return Attention.CAUSAL if is_causal else Attention.BIDIRECTIONAL
 
 
 def _fills_gaps(model_config: dict[str, Any]) -> bool:

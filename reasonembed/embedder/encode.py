@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from reasonembed.config import EncoderConfig
 from reasonembed.embedder.contract import (
     CONTRACT_FILE,
+    SWITCHABLE,
+    Attention,
     TokenisationContract,
     load_tokenizer,
     resolve_contract,
@@ -27,6 +30,8 @@ from reasonembed.errors import ModelError
 from reasonembed.models import quiet_transformers, resolve
 
 Vectors = NDArray[np.float32]
+
+_CACHED_TOKENS = 2_048  # on CPUs larger batches are slower: what layers hand on leaves the cache
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,16 @@ class EncodeStats:
     padded_tokens: int = 0
 
 
-def load_backbone(path: Path, *, dtype: str, layers: int | None = None) -> Backbone:
+def load_backbone(
+    path: Path, *, dtype: str, layers: int | None = None, attention: Attention | None = None
+) -> Backbone:
     """Loads model (evaluation mode, given dtype) and tokenizer from a checkpoint folder.
 
     Args:
         path: The folder.
         dtype: Of the weights.
         layers: Only the first layers of a decoder are loaded; default all.
+        attention: Which tokens a token sees; default as the weights' configuration says.
 
     Raises:
         ModelError: transformers cannot load the folder.
@@ -74,11 +82,24 @@ def load_backbone(path: Path, *, dtype: str, layers: int | None = None) -> Backb
                 config.num_hidden_layers = layers
                 if getattr(config, "layer_types", None):
                     config.layer_types = config.layer_types[:layers]
+            _set_attention(config, attention)
             model = AutoModel.from_pretrained(path, config=config, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
     model.config.use_cache = False  # a key-value cache serves generation only
     return Backbone(model.eval(), load_tokenizer(path))
+
+
+def _set_attention(config: Any, attention: Attention | None) -> None:
+    """Makes a decoder causal or not; other models are what they are.
+
+    transformers reads this key in every pass, for masks and for attention without a mask.
+    """
+    if attention is None or config.model_type not in SWITCHABLE:
+        return
+    wanted = attention is Attention.CAUSAL
+    if getattr(config, "is_causal", True) != wanted:
+        config.is_causal = wanted
 
 
 def budget_batches(
@@ -117,7 +138,7 @@ class Embedder:
         source: A checkpoint folder, or what `load_backbone` gave.
         contract: How texts become vectors.
         device: Of the model; default CUDA where there is one, else CPU.
-        batch_tokens: Tokens a forward pass, padding included.
+        batch_tokens: Tokens a forward pass, padding included, at most; CPUs take fewer.
         threads: Threads of the maths library in this process; default as it is.
         packing: Whether forward passes are free of padding; see `packing.use_packing`.
     """
@@ -136,7 +157,9 @@ class Embedder:
             torch.set_num_threads(threads)
         loaded = source
         if isinstance(loaded, Path):
-            loaded = load_backbone(loaded, dtype=contract.dtype, layers=contract.layers)
+            loaded = load_backbone(
+                loaded, dtype=contract.dtype, layers=contract.layers, attention=contract.attention
+            )
         self.contract = contract
         self.stats = EncodeStats()
         self._model = loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -195,28 +218,43 @@ class Embedder:
 
     def encode_queries(self, texts: Sequence[str], *, instruction: str = "") -> Vectors:
         """Vectors of queries, float32 [N, D]; the template is applied here."""
-        return self.encode_ids(self.tokenise(texts, role=Role.QUERY, instruction=instruction))
+        return self._encode(texts, role=Role.QUERY, instruction=instruction)
 
     def encode_documents(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of documents, float32 [N, D]."""
-        return self.encode_ids(self.tokenise(texts, role=Role.DOCUMENT))
+        """Vectors of documents, float32 [N, D]; the template is applied here."""
+        return self._encode(texts, role=Role.DOCUMENT)
 
-    @torch.inference_mode()
-    def encode_ids(self, sequences: Sequence[TokenIds]) -> Vectors:
+    def _encode(self, texts: Sequence[str], *, role: Role, instruction: str = "") -> Vectors:
+        skip = 0
+        if not self.contract.pool_template:
+            skip = self._tokenizer.tokens_before_text(role=role, instruction=instruction)
+        ids = self.tokenise(texts, role=role, instruction=instruction)
+        return self.encode_ids(ids, skip=skip)
+
+    def encode_ids(self, sequences: Sequence[TokenIds], *, skip: int = 0) -> Vectors:
         """Vectors of token sequences in the given order, float32 [N, D].
 
         Equal sequences are computed once, so that they get the identical vector.
+
+        Args:
+            sequences: Token ids.
+            skip: First tokens of each that do not enter a mean; see `pooling.pool`.
         """
         unique = list(dict.fromkeys(sequences))
         lengths = [len(ids) for ids in unique]
         vectors = np.empty((len(unique), self.contract.dimension), dtype=np.float32)
-        places = 0
-        for batch in budget_batches(lengths, batch_tokens=self._batch_tokens, packed=self._packed):
+
+        def one_batch(batch: list[int]) -> int:
             texts = [unique[i] for i in batch]
-            vectors[batch] = (
-                forward(self._model, self.contract, texts, packed=self._packed).cpu().numpy()
-            )
-            places += sum(map(len, texts)) if self._packed else len(texts) * len(texts[0])
+            with torch.inference_mode():  # holds for this thread alone
+                found = forward(self._model, self.contract, texts, packed=self._packed, skip=skip)
+                vectors[batch] = found.cpu().numpy()
+            return sum(map(len, texts)) if self._packed else len(texts) * len(texts[0])
+
+        is_cpu = self._model.device.type == "cpu"
+        budget = min(self._batch_tokens, _CACHED_TOKENS) if is_cpu else self._batch_tokens
+        batches = budget_batches(lengths, batch_tokens=budget, packed=self._packed)
+        places = sum(self._map(one_batch, list(batches)))
         self.stats = EncodeStats(
             texts=self.stats.texts + len(sequences),
             computed=self.stats.computed + len(unique),
@@ -225,3 +263,16 @@ class Embedder:
         )
         where = {ids: row for row, ids in enumerate(unique)}
         return vectors[[where[ids] for ids in sequences]]
+
+    def _map(self, work: Callable[[list[int]], int], batches: list[list[int]]) -> list[int]:
+        """On CPUs a batch has a core to itself: cores that share one wait after each operation."""
+        cores = torch.get_num_threads()
+        if self._model.device.type != "cpu" or cores == 1 or len(batches) < cores:
+            return [work(batch) for batch in batches]
+        try:
+            with ThreadPoolExecutor(
+                cores, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
+                return list(pool.map(work, batches))
+        finally:
+            torch.set_num_threads(cores)  # what a thread says counts for those started after it

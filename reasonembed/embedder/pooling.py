@@ -22,7 +22,7 @@ from reasonembed.embedder.tokenisation import TokenIds
 _causal: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
-def pool(hidden_BLD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
+def pool(hidden_BLD: Tensor, lengths: Sequence[int], pooling: Pooling, *, skip: int = 0) -> Tensor:
     """Pools hidden states of texts that are padded on the right, or packed into one row.
 
     Args:
@@ -30,6 +30,8 @@ def pool(hidden_BLD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor
             included.
         lengths: Tokens of each text, at least 1.
         pooling: Last token, mean of all tokens, or first token.
+        skip: First tokens of each text that do not enter the mean; of a text that has no more
+            tokens, all do.
 
     Returns:
         [B, D] in float32 (float64 stays as it is), not normalised.
@@ -37,17 +39,19 @@ def pool(hidden_BLD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor
     rows, width = hidden_BLD.shape[:2]
     hidden_ND, device = hidden_BLD.flatten(0, 1), hidden_BLD.device
     lengths_B = torch.tensor(lengths)  # on the CPU, so that no device is waited for
-    packed_B = lengths_B.cumsum(0) - lengths_B
     # One row holds all texts one after another, also where it is a single padded one.
-    first_B = packed_B if rows == 1 else torch.arange(rows) * width
+    first_B = lengths_B.cumsum(0) - lengths_B if rows == 1 else torch.arange(rows) * width
     if pooling is Pooling.CLS:
         return _precise(hidden_ND[first_B.to(device)])
     if pooling is Pooling.LAST:
         return _precise(hidden_ND[(first_B + lengths_B - 1).to(device)])
-    if len(hidden_ND) > sum(lengths):
-        shift_T = (first_B - packed_B).repeat_interleave(lengths_B)
+    pooled = [n - skip if n > skip else n for n in lengths]
+    pooled_B = torch.tensor(pooled)
+    if len(hidden_ND) > sum(pooled):
+        first_B = first_B + lengths_B - pooled_B
+        shift_T = (first_B - pooled_B.cumsum(0) + pooled_B).repeat_interleave(pooled_B)
         hidden_ND = hidden_ND[(shift_T + torch.arange(len(shift_T))).to(device)]
-    return torch.segment_reduce(_precise(hidden_ND), "mean", lengths=lengths_B.to(device), axis=0)
+    return torch.segment_reduce(_precise(hidden_ND), "mean", lengths=pooled_B.to(device), axis=0)
 
 
 def _precise(values: Tensor) -> Tensor:
@@ -56,7 +60,12 @@ def _precise(values: Tensor) -> Tensor:
 
 
 def forward(
-    model: Any, contract: TokenisationContract, batch: Sequence[TokenIds], *, packed: bool = False
+    model: Any,
+    contract: TokenisationContract,
+    batch: Sequence[TokenIds],
+    *,
+    packed: bool = False,
+    skip: int = 0,
 ) -> Tensor:
     """Embeds one batch; differentiable.
 
@@ -66,6 +75,7 @@ def forward(
         batch: Token ids, at least one text, none empty.
         packed: One row without padding, for models that `packing.use_packing` readied; else a
             batch padded on the right. The vectors are the same up to rounding.
+        skip: First tokens of each text that do not enter the mean; see `pool`.
 
     Returns:
         float32 [B, D] on the model's device.
@@ -79,7 +89,7 @@ def forward(
     order = sorted(range(len(batch)), key=lambda i: -len(batch[i])) if packed else range(len(batch))
     texts = [batch[i] for i in order]
     hidden_BLD = model(**_inputs(model, texts, packed=packed)).last_hidden_state
-    vectors_BD = pool(hidden_BLD, [len(ids) for ids in texts], contract.pooling)
+    vectors_BD = pool(hidden_BLD, [len(ids) for ids in texts], contract.pooling, skip=skip)
     if packed:
         vectors_BD = vectors_BD[torch.tensor(order).argsort().to(vectors_BD.device)]
     return torch.nn.functional.normalize(vectors_BD, dim=-1) if contract.normalise else vectors_BD

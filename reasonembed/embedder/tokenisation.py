@@ -15,6 +15,7 @@ from typing import Any
 from reasonembed.embedder.contract import TokenisationContract
 
 TokenIds = tuple[int, ...]
+_DOCUMENT = "{document}"
 _SLOT = re.compile(r"\{(instruction|query)\}")
 
 
@@ -43,6 +44,7 @@ class ContractTokenizer:
         self._tokenizer = tokenizer
         self._contract = contract
         end = contract.append_token_id
+        self._begins = _tokens_before_text(tokenizer)
         # An exported tokenizer appends the end token by itself; it must not stand there twice.
         self._appends_itself = end is not None and tokenizer("a")["input_ids"][-1] == end
 
@@ -52,9 +54,9 @@ class ContractTokenizer:
         """Token ids of each text, cut to the role's limit, in the given order.
 
         Args:
-            texts: Bare texts; the template is applied to queries here.
+            texts: Bare texts; the role's template is applied here.
             role: Query or document.
-            instruction: What the query asks for; documents take none.
+            instruction: What a query asks for; documents take none.
 
         Raises:
             ValueError: An instruction was given for documents.
@@ -68,7 +70,10 @@ class ContractTokenizer:
             template = contract.query_template
             texts = [apply_template(template, query=t, instruction=instruction) for t in texts]
         elif instruction:
-            raise ValueError(f"documents are embedded bare; instruction {instruction!r} was given")
+            raise ValueError(f"documents take no instruction; {instruction!r} was given")
+        elif contract.document_template != _DOCUMENT:
+            before, _, after = contract.document_template.partition(_DOCUMENT)
+            texts = [f"{before}{text}{after}" for text in texts]
         suffix = () if end is None or self._appends_itself else (end,)
         encoded = self._tokenizer(
             list(texts),
@@ -78,3 +83,25 @@ class ContractTokenizer:
             return_token_type_ids=False,
         )["input_ids"]
         return [(*ids, *suffix) for ids in encoded]
+
+    def tokens_before_text(self, *, role: Role, instruction: str = "") -> int:
+        """Tokens that stand before a text: the tokenizer's first ones, and the template's.
+
+        The template is counted alone, as where such models were trained; together with the first
+        letters of a text it may be cut into other tokens. 0 where the template begins with the
+        text.
+        """
+        if role is Role.QUERY:
+            before = self._contract.query_template.partition("{query}")[0]
+            before = apply_template(before, query="", instruction=instruction)
+        else:
+            before = self._contract.document_template.partition(_DOCUMENT)[0]
+        if not before:
+            return 0
+        return self._begins + len(self._tokenizer(before, add_special_tokens=False)["input_ids"])
+
+
+def _tokens_before_text(tokenizer: Any) -> int:
+    """Special tokens that a tokenizer puts in front of every text."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)

@@ -1,10 +1,11 @@
-"""Texts to rows of `embeddings`, a block at a time; what a worker of the embedding job does."""
+"""What identifies vectors, where they lie, and texts to rows of `embeddings`, a block at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,54 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reasonembed.artifacts import Artifact
+from reasonembed.config import EncoderConfig, EndpointRetriever, fingerprint, flatten
 from reasonembed.errors import ModelError
-from reasonembed.schemas import conform
+from reasonembed.models import resolve, weights_fingerprint
+from reasonembed.schemas import conform, embeddings
 
+ENCODING_VERSION = 1
+"""Of how texts become vectors here; raised when the same weights and settings give others."""
 _Vectors = NDArray[np.float32]
+
+
+Encoder = EncoderConfig | EndpointRetriever
+
+
+def encoder_identity(
+    encoder: Encoder, *, cache_dir: str | None = None, weights: str | None = None
+) -> dict[str, Any]:
+    """What decides the vectors of an encoder: its settings and its weights, flat.
+
+    Args:
+        encoder: What embeds.
+        cache_dir: Of packaged weights.
+        weights: Their fingerprint, where it is known; else they are looked for and read.
+    """
+    if isinstance(encoder, EndpointRetriever):  # behind an address nobody sees the weights
+        return flatten(encoder, prefix="endpoint")
+    if weights is None:
+        weights = weights_fingerprint(resolve(encoder.model, cache_dir=cache_dir))
+    settings = flatten(encoder.model_copy(update={"model": Path(encoder.model).name}))
+    made = {"weights": weights, "encoding": ENCODING_VERSION}
+    return {f"encoder.{key}": value for key, value in settings.items()} | made
+
+
+def vectors_artifact(
+    place: Path, encoder: Encoder, *, identity: dict[str, Any], dimension: int
+) -> Artifact:
+    """Everything that one encoder has embedded, keyed by `schemas.text_id`.
+
+    The folder is named by what decides a vector (weights, contract) and the key by what was
+    embedded, so a stale vector cannot be found, and whoever embeds may share the place.
+
+    Args:
+        place: Folder of the vectors of all encoders.
+        encoder: What embeds.
+        identity: Of `encoder_identity`.
+        dimension: Of a vector.
+    """
+    name = f"{Path(encoder.model).name}-{fingerprint(identity)[:12]}"
+    return Artifact(place.absolute() / name, schema=embeddings(dimension), key=("id",), name=name)
 
 
 class TextEmbedder(Protocol):
@@ -31,21 +76,18 @@ class TextEmbedder(Protocol):
 class EmbedPlanned:
     """Maps planned texts to their vectors.
 
-    A row is a query (`id`, `text`, `instruction`) or, where `text` is null, a document of the
-    corpus (`id` and its place: `part`, `group`, `row`).
+    A row is a query (`id`, `text`, `instruction`) or, where `text` is null, a document: `id`,
+    `corpus` (address of the corpus artifact) and its place there (`part`, `group`, `row`). The
+    documents of one row group are in memory at a time.
 
     Args:
         embedder: What embeds.
         schema: Of the vectors artifact.
-        corpus: Holds the documents; those of one row group are in memory at a time.
     """
 
-    def __init__(self, embedder: TextEmbedder, schema: pa.Schema, *, corpus: Artifact) -> None:
+    def __init__(self, embedder: TextEmbedder, schema: pa.Schema) -> None:
         self._embedder, self._schema = embedder, schema
-        # Blocks follow one another inside a row group.
-        self._texts = lru_cache(maxsize=1)(
-            lambda part, group: corpus.row_group(part, group, columns=["text"]).column("text")
-        )
+        self._texts = lru_cache(maxsize=1)(_texts)  # blocks follow one another in a row group
 
     def __call__(self, planned: pa.Table) -> pa.Table:
         """One row a text; see `vector_rows` for what is refused."""
@@ -63,13 +105,17 @@ class EmbedPlanned:
     def _documents(self, places: pa.Table) -> pa.Table:
         if not places.num_rows:
             return self._schema.empty_table()
-        rows = zip(
-            *(places.column(name).to_pylist() for name in ("part", "group", "row")), strict=True
-        )
-        texts = [self._texts(part, group)[row].as_py() for part, group, row in rows]
+        columns = ("corpus", "part", "group", "row")
+        rows = zip(*(places.column(name).to_pylist() for name in columns), strict=True)
+        texts = [self._texts(corpus, part, group)[row].as_py() for corpus, part, group, row in rows]
         return vector_rows(
             places.column("id"), self._embedder.encode_documents(texts), self._schema
         )
+
+
+def _texts(corpus: str, part: str, group: int) -> pa.ChunkedArray:
+    artifact = Artifact.declared(corpus, "corpus")
+    return artifact.row_group(part, group, columns=["text"]).column("text")
 
 
 def vector_rows(ids: pa.ChunkedArray, vectors_ND: _Vectors, schema: pa.Schema) -> pa.Table:

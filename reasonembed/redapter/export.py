@@ -71,17 +71,18 @@ def export(
         learnt: The `weights_dir` of `loop.train`: adapters, which are merged, or all weights.
         contract: What it was trained under.
         output_dir: Made anew; replaced if an earlier export lies there.
-        instruction: Becomes part of sentence-transformers' prompt named `query`.
+        instruction: Becomes part of sentence-transformers' prompt named `query`; the one named
+            `document` is the document template.
         golden_texts: At least one; their ids and vectors are recorded, and the weights are checked
             on them.
 
     Raises:
-        ConfigError: No golden text, a template that does not end in `{query}`, or a folder in the
-            way that is no export.
+        ConfigError: No golden text, a template that does not end in its text, one that is not
+            pooled, or a folder in the way that is no export.
         ModelError: The written weights give other vectors than the trained ones, or those give the
             same as the backbone: then nothing was learnt or nothing was loaded.
     """
-    prompt = _prompt(contract, instruction)
+    prompts = _prompts(contract, instruction)
     if not golden_texts:
         raise ConfigError("export.golden_texts: at least one text is needed to check the weights")
     if output_dir.exists() and not (output_dir / CONTRACT_FILE).is_file():
@@ -92,7 +93,7 @@ def export(
     trained = _trained(weights, learnt, contract, texts=golden_texts)
     trained.model.to(getattr(torch, contract.dtype)).save_pretrained(scratch)
     _save_tokenizer(weights, contract, target=scratch, texts=golden_texts)
-    _save_modules(contract, prompt=prompt, target=scratch)
+    _save_modules(contract, prompts=prompts, target=scratch)
     contract = replace(contract, weights=weights_fingerprint(scratch), layers=None)
     _write_json(scratch / CONTRACT_FILE, contract.to_json())
     embedder = Embedder(scratch, contract, device="cpu")
@@ -107,13 +108,18 @@ def export(
     return Exported(contract, trained.cosine_to_backbone, cosine)
 
 
-def _prompt(contract: TokenisationContract, instruction: str) -> str:
-    if not contract.query_template.endswith("{query}"):
-        raise ConfigError(
-            f"encoder.query_template {contract.query_template!r} must end in {{query}}: "
-            "sentence-transformers knows prompts that stand before the text only"
-        )
-    return apply_template(contract.query_template, query="", instruction=instruction)
+def _prompts(contract: TokenisationContract, instruction: str) -> dict[str, str]:
+    if not contract.pool_template:
+        raise ConfigError("encoder.pool_template false is for finished models, not for an export")
+    for name in ("query", "document"):
+        template = getattr(contract, f"{name}_template")
+        if not template.endswith(f"{{{name}}}"):
+            raise ConfigError(
+                f"encoder.{name}_template {template!r} must end in {{{name}}}: "
+                "sentence-transformers knows prompts that stand before the text only"
+            )
+    query = apply_template(contract.query_template, query="", instruction=instruction)
+    return {"query": query, "document": contract.document_template.removesuffix("{document}")}
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,9 @@ def _trained(
 ) -> _Trained:
     # In float32, whatever the weights are: merging in 16 bits rounds small updates away.
     exact = replace(contract, dtype="float32")
-    backbone = load_backbone(weights, dtype="float32", layers=contract.layers)
+    backbone = load_backbone(
+        weights, dtype="float32", layers=contract.layers, attention=contract.attention
+    )
 
     def vectors(model: Any) -> _Vectors:
         loaded = Backbone(model, backbone.tokenizer)
@@ -260,7 +268,7 @@ def _append(tokenizer: Any, end: int) -> None:
     backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
 
 
-def _save_modules(contract: TokenisationContract, *, prompt: str, target: Path) -> None:
+def _save_modules(contract: TokenisationContract, *, prompts: dict[str, str], target: Path) -> None:
     kinds = ["Transformer", "Pooling"] + (["Normalize"] if contract.normalise else [])
     modules = [
         {
@@ -281,9 +289,8 @@ def _save_modules(contract: TokenisationContract, *, prompt: str, target: Path) 
     limit = max(contract.max_query_tokens, contract.max_document_tokens)
     settings = {"max_seq_length": limit, "do_lower_case": False}
     _write_json(target / "sentence_bert_config.json", settings)
-    prompts = {"prompts": {"query": prompt, "document": ""}, "default_prompt_name": None}
-    similarity = {"similarity_fn_name": "cosine"}
-    _write_json(target / "config_sentence_transformers.json", prompts | similarity)
+    named = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    _write_json(target / "config_sentence_transformers.json", named)
 
 
 def _write_json(file: Path, content: Any) -> None:

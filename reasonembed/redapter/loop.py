@@ -22,6 +22,7 @@ from reasonembed.embedder.encode import budget_batches, load_backbone
 from reasonembed.embedder.packing import use_packing
 from reasonembed.embedder.pooling import forward
 from reasonembed.embedder.tokenisation import ContractTokenizer, Role, TokenIds
+from reasonembed.errors import ConfigError
 from reasonembed.redapter.batches import BatchPlan, Group, Sample, rank_slice
 from reasonembed.redapter.best import Best
 from reasonembed.redapter.checkpoints import Checkpoints, write_weights
@@ -192,9 +193,16 @@ def train(
 
 def _prepare(config: TrainConfig, weights: Path, runtime: TrainRuntime) -> _State:
     contract = resolve_contract(weights, config.encoder)
+    if not contract.pool_template:
+        raise ConfigError(
+            "train.encoder.pool_template false is for encoding with finished models; training "
+            "pools every token"
+        )
     check_dimensions(config, dimension=contract.dimension)
     dtype = weights_dtype(config.lora, dtype=contract.dtype)
-    backbone = load_backbone(weights, dtype=dtype, layers=contract.layers)
+    backbone = load_backbone(
+        weights, dtype=dtype, layers=contract.layers, attention=contract.attention
+    )
     torch.manual_seed(row_seed(config.seed, "adapter"))
     placed = place(
         backbone.model,

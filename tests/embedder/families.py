@@ -14,7 +14,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from reasonembed.embedder import Pooling, TokenisationContract
+from reasonembed.embedder import Attention, Pooling, TokenisationContract
 
 VOCABULARY = 60
 SIZES = {
@@ -59,6 +59,7 @@ def make_model(family: str, **changes: object) -> torch.nn.Module:
 def contract(pooling: Pooling, **changes: object) -> TokenisationContract:
     values: dict = {
         "model": "tiny", "weights": "", "query_template": "{query}", "append_token_id": None,
+        "attention": Attention.CAUSAL,
         "max_query_tokens": 32, "max_document_tokens": 32, "dtype": "float32", "dimension": 32,
     }  # fmt: skip
     return TokenisationContract(pooling=pooling, **values | changes)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from reasonembed.embedder import Pooling, TokenisationContract
+from reasonembed.embedder import Attention, Pooling, TokenisationContract
 from reasonembed.embedder.pooling import forward, pool
 
 
@@ -28,6 +28,7 @@ def contract(pooling, *, normalise=False):
         weights="",
         query_template="{query}",
         append_token_id=0,
+        attention=Attention.CAUSAL,
         pooling=pooling,
         max_query_tokens=8,
         max_document_tokens=8,

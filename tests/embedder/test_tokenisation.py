@@ -31,7 +31,7 @@ def test_queries_take_the_template_and_documents_stay_bare(checkpoint):
     (document,) = ours.tokenise(["why {x}"], role=Role.DOCUMENT)
     assert tokenizer.decode(query) == "Instruct: do {it}\nQuery: why {x}<|endoftext|>"
     assert tokenizer.decode(document) == "why {x}<|endoftext|>"
-    with pytest.raises(ValueError, match="bare"):
+    with pytest.raises(ValueError, match="take no instruction"):
         ours.tokenise(["x"], role=Role.DOCUMENT, instruction="do")
 
 

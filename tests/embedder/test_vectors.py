@@ -33,28 +33,31 @@ def queries(**texts):
     )
 
 
-def test_each_query_is_embedded_under_its_own_instruction(tmp_path):
+def test_each_query_is_embedded_under_its_own_instruction():
     asked = queries(a=("x", "i"), b=("xx", ""), c=("xxx", "i"))
-    corpus = Artifact.declared(tmp_path, "corpus")
-    rows = EmbedPlanned(Lengths(), SCHEMA, corpus=corpus)(asked).to_pylist()
+    rows = EmbedPlanned(Lengths(), SCHEMA)(asked).to_pylist()
     assert {row["id"]: row["vector"] for row in rows} == {"a": [1, 1], "b": [2, 0], "c": [3, 1]}
 
 
 def test_documents_are_read_where_they_lie_and_queries_come_with_them(tmp_path):
-    corpus = Artifact.declared(tmp_path, "corpus")
+    corpus = Artifact.declared(tmp_path / "one", "corpus")
     texts = {f"d{i}": "x" * (i + 1) for i in range(6)}
     corpus.commit("one", corpus_table({one: texts[one] for one in list(texts)[:4]}))
     corpus.commit("two", corpus_table({one: texts[one] for one in list(texts)[4:]}))
     documents = read_documents(corpus)
     places = documents.table.rename_columns({"text_id": "id"}).take([5, 0, 3, 4])
     asked = queries(q=("why", "i"))
-    planned = pa.concat_tables(
-        [places.select(["id", "part", "group", "row"]), asked], promote_options="default"
+    other = Artifact.declared(tmp_path / "two", "corpus")
+    other.commit("one", corpus_table({"d0": "x" * 9}))
+    there = {"id": ["e"], "corpus": [other.uri], "part": ["one"], "group": [0], "row": [0]}
+    placed = places.select(["id", "part", "group", "row"]).append_column(
+        "corpus", pa.repeat(corpus.uri, 4)
     )
-    found = EmbedPlanned(Lengths(), SCHEMA, corpus=corpus)(planned)
+    planned = pa.concat_tables([placed, pa.table(there), asked], promote_options="permissive")
+    found = EmbedPlanned(Lengths(), SCHEMA)(planned)
     assert found.schema == SCHEMA
-    assert found["id"].to_pylist() == [*places["id"].to_pylist(), "q"]
-    assert [vector[0] for vector in found["vector"].to_pylist()] == [6, 1, 4, 5, 3]
+    assert found["id"].to_pylist() == [*places["id"].to_pylist(), "e", "q"]
+    assert [vector[0] for vector in found["vector"].to_pylist()] == [6, 1, 4, 5, 9, 3]
     assert len(list(by_row_group(places))) == 2
     assert texts_at(corpus, places) == ["x" * 6, "x", "xxxx", "xxxxx"]
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3Model
 
 from reasonembed.config import LoRAConfig, TrainConfig, TrainRuntime
-from reasonembed.embedder.contract import Pooling, TokenisationContract
+from reasonembed.embedder.contract import Attention, Pooling, TokenisationContract
 from reasonembed.embedder.encode import budget_batches
 from reasonembed.embedder.pooling import forward
 from reasonembed.redapter.batches import Group, Passage, Sample, rank_slice
@@ -27,6 +27,7 @@ CONTRACT = TokenisationContract(
     weights="none",
     query_template="{query}",
     append_token_id=None,
+    attention=Attention.CAUSAL,
     pooling=Pooling.LAST,
     max_query_tokens=32,
     max_document_tokens=32,

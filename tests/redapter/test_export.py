@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from reasonembed.config import SampleSource, TrainConfig, TrainRuntime
-from reasonembed.embedder import Embedder, Role, resolve_contract
+from reasonembed.embedder import Attention, Embedder, Role, resolve_contract
 from reasonembed.embedder.contract import load_tokenizer
 from reasonembed.embedder.encode import load_backbone
 from reasonembed.embedder.tokenisation import ContractTokenizer
@@ -264,6 +265,41 @@ def test_a_merge_that_goes_wrong_is_noticed_with_its_figure(run, checkpoint, tmp
         exported(checkpoint, run[1], tmp_path / "out")
 
 
+def test_sentence_transformers_follows_attention_and_document_template(checkpoint, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    encoder = {"attention": "bidirectional", "document_template": "passage {it}: {document}"}
+    result = trained(checkpoint, tmp_path / "train", encoder=encoder, max_steps=1)
+    assert result.contract.attention is Attention.BIDIRECTIONAL
+    exported(checkpoint, result, tmp_path / "model")
+    ours = Embedder.load_export(tmp_path / "model", device="cpu")
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    for found, name in (
+        (ours.encode_documents(TEXTS), "document"),
+        (ours.encode_queries(TEXTS, instruction=INSTRUCTION), "query"),
+    ):
+        # Batches of another shape, so float32 sums in another order.
+        np.testing.assert_allclose(theirs.encode(TEXTS, prompt_name=name), found, atol=1e-5)
+    # `auto` finds what the exported configuration says.
+    again = encoder_config(tmp_path / "model", document_template="passage {it}: {document}")
+    assert resolve_contract(tmp_path / "model", again).attention is Attention.BIDIRECTIONAL
+
+
+def test_what_training_and_other_programs_cannot_express_is_refused_by_name(
+    run, checkpoint, tmp_path
+):
+    encoder = {"pooling": "mean", "pool_template": False}
+    with pytest.raises(ConfigError, match=r"train\.encoder\.pool_template false"):
+        trained(checkpoint, tmp_path / "train", encoder=encoder)
+    for change, message in (
+        ({"pool_template": False}, r"encoder\.pool_template false"),
+        ({"document_template": "{document}."}, r"document_template '\{document\}\.' must end in"),
+    ):
+        contract = replace(run[1].contract, **change)
+        with pytest.raises(ConfigError, match=message):
+            exported(checkpoint, run[1], tmp_path / "out", contract=contract)
+
+
 # ---- the MS MARCO start ---------------------------------------------------------------------
 
 
@@ -312,6 +348,8 @@ def test_the_main_stage_begins_where_the_ms_marco_stage_has_ended(checkpoint, tm
         ({"pooling": "mean"}, r"pooling <Pooling\.MEAN.*trained with <Pooling\.LAST"),
         ({"query_template": "Q: {query}"}, r"query_template 'Q: \{query\}' \(trained with 'Instr"),
         ({"append_token": "<|im_end|>"}, r"append_token_id 1 \(trained with 0\)"),
+        ({"attention": "bidirectional"}, r"attention <Attention\.BIDI.*with <Attention\.CAUSAL"),
+        ({"document_template": "d: {document}"}, r"document_template 'd: \{document\}' \(trained"),
     ],
 )
 def test_an_export_is_not_trained_on_under_another_contract(run, change, message):
