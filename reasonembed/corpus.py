@@ -9,7 +9,6 @@ so that leaving a source document out by its id alone would let its twin back in
 """
 
 import dataclasses
-import gzip
 import hashlib
 import importlib
 import inspect
@@ -22,16 +21,23 @@ import subprocess
 import sys
 import types
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from reasonembed import hub
 from reasonembed.errors import CorpusError
+from reasonembed.records import (
+    Record,
+    check_shards,
+    parquet_columns,
+    read_records,
+    shown,
+    table_files,
+)
 from reasonembed.schemas import CORPUS
 
 log = logging.getLogger(__name__)
@@ -39,13 +45,11 @@ log = logging.getLogger(__name__)
 PYTHON_STDLIB = "python-stdlib"
 """The source name of the documentation that the running interpreter carries."""
 
-ID_COLUMNS = ("doc_id", "_id", "id")
+ID_COLUMNS = ("doc_id", "_id", "id", "docid")
 TEXT_COLUMNS = ("text", "content", "contents")
 MIN_PASSAGE_WORDS = 80
 MAX_PASSAGE_WORDS = 200
 MIN_DOCSTRING_WORDS = 8
-
-_PARQUET_BATCH_ROWS = 4096
 
 # Curated, not discovered: importing everything in `sys.stdlib_module_names` would open a browser
 # (antigravity), print (this), need a display or a terminal (tkinter, curses, readline), warn
@@ -95,7 +99,7 @@ class Document:
 
     Attributes:
         doc_id: Unique within its corpus.
-        text: What is embedded and read, any title included; never blank.
+        text: What is embedded and read, any title included; blank in few documents.
         title: The title alone, for display; ``""`` if there is none.
         task: Name of the retrieval task that it belongs to.
         parent_id: Id of the longer document that it was cut from, if it was.
@@ -111,11 +115,17 @@ class Document:
 def read_corpus(source: str, *, task: str = "generic", limit: int | None = None) -> pa.Table:
     """Read a corpus into a table of schema ``schemas.CORPUS``.
 
+    Blank documents are kept, and counted in a warning. Crawled corpora, BRIGHT's among them, hold
+    some; a figure stands for the corpus as published, and an id may even be gold. They share one
+    duplicate group, no query can be written from them, and BM25 never returns them.
+
     Args:
-        source: ``"python-stdlib"``, a ``.parquet``, ``.jsonl`` or ``.jsonl.gz`` file (BRIGHT's
-            document files among them), or a BEIR folder, which holds ``corpus.jsonl``. The id is
-            taken from the first column there is of `ID_COLUMNS`, the text from `TEXT_COLUMNS`;
-            ``title`` and ``parent_id`` are optional.
+        source: ``"python-stdlib"``; a ``.parquet``, ``.jsonl`` or ``.jsonl.gz`` file; a file name
+            with ``*``, for several (``documents/biology-*.parquet``); a folder that holds
+            ``corpus`` with one of these endings (BEIR's form) or in shards, or whose only content
+            of the kind are ``.parquet`` files; or an address of `reasonembed.hub`. The id is taken
+            from the first column there is of `ID_COLUMNS`, the text from `TEXT_COLUMNS`; ``title``
+            and ``parent_id`` are optional.
         task: Name of the retrieval task, the same for every document.
         limit: Read the first so many documents only; later rows are not looked at.
 
@@ -128,11 +138,17 @@ def read_corpus(source: str, *, task: str = "generic", limit: int | None = None)
     if source == PYTHON_STDLIB:
         documents: Iterable[Document] = _stdlib_of_a_fresh_interpreter(task)
     else:
-        documents = _file_documents(_corpus_file(source), task)
+        documents = _file_documents(corpus_files(source), task)
     kept = list(itertools.islice(documents, limit))
     if not kept:
         raise CorpusError(f"{source}: the corpus is empty; it needs at least one document")
+    _warn_of_blanks(source, kept)
     return _to_table(kept)
+
+
+def holds_corpus(folder: Path) -> bool:
+    """Whether `read_corpus` finds a table called ``corpus`` in a folder."""
+    return bool(_named_corpus(folder))
 
 
 def check_only_added(before: pa.Table, now: pa.Table) -> None:
@@ -250,112 +266,75 @@ def _to_table(documents: list[Document]) -> pa.Table:
 # Files.
 
 
-@dataclass(frozen=True)
-class _Record:
-    """One record of a file and where it stands, for messages: ``line 7`` or ``row 6``."""
+def corpus_files(source: str) -> list[Path]:
+    """The files that `read_corpus` reads for a source.
 
-    place: str
-    fields: Mapping[str, Any]
-
-
-def _corpus_file(source: str) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        for name in ("corpus.jsonl", "corpus.jsonl.gz"):
-            if (path / name).is_file():
-                return path / name
-        raise CorpusError(f"{path}: the folder holds no corpus.jsonl; give a BEIR folder or a file")
-    if not path.is_file():
-        raise CorpusError(f"{path}: no such file; give a file, a BEIR folder or {PYTHON_STDLIB!r}")
-    return path
-
-
-def _file_documents(path: Path, task: str) -> Iterator[Document]:
-    places: dict[str, str] = {}
-    for record in _records(path):
-        document = _document(path, record, task)
-        first = places.setdefault(document.doc_id, record.place)
-        if first != record.place:
-            raise CorpusError(
-                f"{path}: id {document.doc_id!r} is on {first} and on {record.place}; "
-                "make the ids unique"
-            )
-        yield document
-
-
-def _records(path: Path) -> Iterator[_Record]:
-    if path.name.endswith(".parquet"):
-        return _parquet_records(path)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _jsonl_records(path)
-    raise CorpusError(f"{path}: unknown kind of file; use .parquet, .jsonl or .jsonl.gz")
-
-
-def _jsonl_records(path: Path) -> Iterator[_Record]:
-    for number, line in enumerate(_raw_lines(path), start=1):
-        if not line.strip():
-            continue
-        place = f"line {number}"
-        try:
-            fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"{path}, {place}: not valid UTF-8 ({error.reason} at byte {error.start}); "
-                "convert the file to UTF-8"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise CorpusError(
-                f"{path}, {place}: not valid JSON ({error.msg} at column {error.colno}); "
-                "write one JSON object a line"
-            ) from error
-        if not isinstance(fields, dict):
-            raise CorpusError(f"{path}, {place}: a JSON object is needed, got {_shown(fields)}")
-        yield _Record(place, fields)
-
-
-def _raw_lines(path: Path) -> Iterator[bytes]:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as lines:
-            yield from lines
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path}: cannot be read ({error}); is the file whole?") from error
-
-
-def _parquet_records(path: Path) -> Iterator[_Record]:
-    try:
-        with pq.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if name in _WANTED]
-            _check_columns(path, names, file.schema_arrow.names)
-            row = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=names):
-                for index in range(batch.num_rows):
-                    yield _parquet_record(path, batch, index=index, row=row + index)
-                row += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise CorpusError(f"{path}: cannot be read as Parquet ({error})") from error
-
-
-def _parquet_record(path: Path, batch: pa.RecordBatch, *, index: int, row: int) -> _Record:
-    place = f"row {row}"
-    try:
-        fields = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-    except UnicodeDecodeError as error:
+    Raises:
+        CorpusError: There are none.
+    """
+    if source.startswith(hub.SCHEME):
+        files = hub.fetch_address(source, error=CorpusError)
+    elif "*" in (path := Path(source)).name:
+        files = sorted(path.parent.glob(path.name))
+    elif path.is_dir():
+        files = _named_corpus(path) or sorted(path.glob("*.parquet"))
+    else:
+        files = [path] if path.is_file() else []
+    if not files:
+        what = "the folder holds no corpus.jsonl and no .parquet files"
         raise CorpusError(
-            f"{path}, {place}: not valid UTF-8 ({error.reason} at byte {error.start}); "
-            "write the strings as UTF-8"
-        ) from error
-    return _Record(place, fields)
+            f"{source}: {what if Path(source).is_dir() else 'no such file'}; give a file, a BEIR "
+            f"folder, a folder of .parquet files or {PYTHON_STDLIB!r}"
+        )
+    check_shards(files, error=CorpusError)
+    return files
+
+
+def _named_corpus(folder: Path) -> list[Path]:
+    inside = folder / "corpus"
+    shards = sorted(inside.glob("*.parquet")) if inside.is_dir() else []
+    return table_files(folder, "corpus", error=CorpusError) or shards
+
+
+def _file_documents(paths: list[Path], task: str) -> Iterator[Document]:
+    places: dict[str, str] = {}
+    for path in paths:
+        for record in _records(path):
+            document = _document(path, record, task)
+            place = record.place if len(paths) == 1 else f"{record.place} of {path.name}"
+            first = places.setdefault(document.doc_id, place)
+            if first != place:
+                raise CorpusError(
+                    f"{path}: id {document.doc_id!r} is on {first} and on {place}; "
+                    "make the ids unique"
+                )
+            yield document
+
+
+def _records(path: Path) -> Iterator[Record]:
+    if path.name.endswith(".parquet"):
+        names = parquet_columns(path, error=CorpusError)
+        _check_columns(path, names, names)
+    return read_records(path, error=CorpusError, columns=_WANTED)
+
+
+def _warn_of_blanks(source: str, documents: list[Document]) -> None:
+    blank = [document.doc_id for document in documents if not document.text.strip()]
+    if blank:
+        log.warning(
+            "%s: %d of %d documents are blank, such as %r; they are kept",
+            *(source, len(blank), len(documents), blank[0]),
+        )
 
 
 _WANTED = (*ID_COLUMNS, *TEXT_COLUMNS, "title", "parent_id")
 
 
-def _document(path: Path, record: _Record, task: str) -> Document:
+def _document(path: Path, record: Record, task: str) -> Document:
     where = f"{path}, {record.place}"
     id_column, text_column = _check_columns(where, record.fields, record.fields)
     doc_id = _string(where, record.fields, id_column)
-    text = _string(where, record.fields, text_column)
+    text = _string(where, record.fields, text_column, may_be_blank=True)
     title = _optional_string(where, record.fields, "title") or ""
     parent_id = _optional_string(where, record.fields, "parent_id")
     return Document(doc_id, passage_text(title, text), title, task, parent_id)
@@ -375,11 +354,13 @@ def _check_columns(where: object, names: Iterable[str], shown: Iterable[str]) ->
     return found[0], found[1]
 
 
-def _string(where: str, fields: Mapping[str, Any], column: str) -> str:
+def _string(
+    where: str, fields: Mapping[str, Any], column: str, *, may_be_blank: bool = False
+) -> str:
     value = _optional_string(where, fields, column)
     if value is None:
         raise CorpusError(f"{where}: {column} is null; every document needs one")
-    if not value.strip():
+    if not value.strip() and not may_be_blank:
         raise CorpusError(f"{where}: {column} is {value!r}, which is blank; fill it or drop it")
     return value
 
@@ -390,7 +371,7 @@ def _optional_string(where: str, fields: Mapping[str, Any], column: str) -> str 
         return None
     if not isinstance(value, str):
         raise CorpusError(
-            f"{where}: {column} must be a string, got {_shown(value)}; write it as one"
+            f"{where}: {column} must be a string, got {shown(value)}; write it as one"
         )
     try:
         value.encode()
@@ -400,10 +381,6 @@ def _optional_string(where: str, fields: Mapping[str, Any], column: str) -> str 
             "which UTF-8 cannot carry; repair the escape"
         ) from error
     return value
-
-
-def _shown(value: object) -> str:
-    return f"{type(value).__name__} {repr(value)[:60]}"
 
 
 # The Python standard library.

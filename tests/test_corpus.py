@@ -36,7 +36,7 @@ def stdlib() -> CorpusStore:
 
 
 class TestFiles:
-    @pytest.mark.parametrize("id_column", ["doc_id", "_id", "id"])
+    @pytest.mark.parametrize("id_column", ["doc_id", "_id", "id", "docid"])
     @pytest.mark.parametrize("text_column", ["text", "content", "contents"])
     @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
     def test_every_kind_with_every_column_name(self, tmp_path, id_column, text_column, kind):
@@ -84,6 +84,78 @@ class TestFiles:
         path.write_bytes(b'\xef\xbb\xbf{"id": "a", "text": "x"}\n\n{"id": "b", "text": "y"}\n\n')
         assert read_corpus(str(path))["doc_id"].to_pylist() == ["a", "b"]
 
+    def test_blank_documents_are_kept_and_counted(self, tmp_path, caplog):
+        rows = {"id": ["a", "b", "c"], "content": ["x", "", " \n"]}
+        pq.write_table(pa.table(rows), tmp_path / "c.parquet")
+        store = CorpusStore(read_corpus(str(tmp_path / "c.parquet")))
+        assert store.texts(["a", "b", "c"]) == ["x", "", " \n"]
+        assert store.group_members(store.group("b")) == ("b", "c")
+        assert "2 of 3 documents are blank, such as 'b'" in caplog.text
+
+
+def _shards(folder: Path, name: str, *parts: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, ids in enumerate(parts):
+        table = pa.table({"id": pa.array(ids, pa.string()), "content": [f"of {i}" for i in ids]})
+        pq.write_table(table, folder / f"{name}-{number:05d}-of-{len(parts):05d}.parquet")
+
+
+class TestManyFiles:
+    def test_shards_by_a_pattern_a_folder_and_a_corpus_inside_a_folder(self, tmp_path):
+        _shards(tmp_path / "all", "biology", ["a", "b"], [], ["c/ô'\""])
+        _shards(tmp_path / "all", "pony", ["p"])
+        _shards(tmp_path / "beir" / "corpus", "corpus", ["b"], ["a"])
+        _shards(tmp_path / "beir", "queries", ["q"])
+
+        def ids(source: Path) -> list[str]:
+            return read_corpus(str(source))["doc_id"].to_pylist()
+
+        assert ids(tmp_path / "all" / "biology-*.parquet") == ["a", "b", "c/ô'\""]
+        assert ids(tmp_path / "all") == ["a", "b", "c/ô'\"", "p"]
+        assert ids(tmp_path / "beir") == ["b", "a"]
+
+    def test_a_missing_shard_and_an_id_in_two_files_are_named(self, tmp_path):
+        _shards(tmp_path, "pony", ["a"], ["b"], ["a"])
+        message = "id 'a' is on row 0 of pony-00000-.* and on row 0 of pony-00002-"
+        with pytest.raises(CorpusError, match=message):
+            read_corpus(str(tmp_path / "pony-*"))
+        (tmp_path / "pony-00001-of-00003.parquet").unlink()
+        message = "'pony' has 3 files, of which 1 are missing, such as number 00001"
+        with pytest.raises(CorpusError, match=message):
+            read_corpus(str(tmp_path / "pony-*"))
+
+    def test_a_download_that_ends_early(self, tmp_path):
+        _shards(tmp_path, "pony", ["a"])
+        (file,) = tmp_path.iterdir()
+        file.write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(CorpusError, match=r"cannot be read as Parquet .*is the file whole\?"):
+            read_corpus(str(tmp_path))
+
+    def test_a_corpus_on_the_hub(self, tmp_path, monkeypatch):
+        _shards(tmp_path / "documents", "pony", ["a"], ["b"])
+        asked: list[object] = []
+
+        def snapshot(repo: str, **options: object) -> str:
+            asked.append((repo, options["revision"], options["allow_patterns"]))
+            return str(tmp_path)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+        source = "hf://datasets/xlangai/BRIGHT@abc/documents/pony*.parquet"
+        assert read_corpus(source)["doc_id"].to_pylist() == ["a", "b"]
+        assert asked == [("xlangai/BRIGHT", "abc", ["documents/pony*.parquet"])]
+        with pytest.raises(CorpusError, match=r"has no file documents/aops\*"):
+            read_corpus("hf://datasets/xlangai/BRIGHT/documents/aops*")
+        with pytest.raises(CorpusError, match="an address on the hub is"):
+            read_corpus("hf://datasets/xlangai")
+
+    def test_a_hub_that_cannot_be_reached(self, monkeypatch):
+        def snapshot(repo: str, **options: object) -> str:
+            raise ConnectionError("no route")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+        with pytest.raises(CorpusError, match=r"c\.jsonl of the data set a/b .*\(no route\)"):
+            read_corpus("hf://datasets/a/b/c.jsonl")
+
 
 GOOD = b'{"id": "a", "text": "x"}\n'
 
@@ -95,7 +167,7 @@ class TestErrors:
             (b"", "empty.*at least one document"),
             (GOOD + b"\n" + GOOD, "id 'a' is on line 1 and on line 3; make the ids unique"),
             (GOOD + b'{"id": "b", "text": null}\n', "line 2: text is null"),
-            (GOOD + b'{"id": "b", "text": " \\n"}\n', "line 2: text is .* blank"),
+            (GOOD + b'{"id": " ", "text": "x"}\n', "line 2: id is .* blank"),
             (GOOD + b'{"id": null, "text": "x"}\n', "line 2: id is null"),
             (GOOD + b'{"id": 7, "text": "x"}\n', "line 2: id must be a string, got int 7"),
             (GOOD + b'{"id": "b", "text": "x", "title": 1}\n', "line 2: title must be a string"),
@@ -119,7 +191,7 @@ class TestErrors:
             ({"id": [], "text": []}, "empty"),
             ({"id": ["a", "b", "a"], "text": ["x"] * 3}, "id 'a' is on row 0 and on row 2"),
             ({"id": ["a", "b"], "text": ["x", None]}, "row 1: text is null"),
-            ({"id": ["a", "b"], "text": ["x", "\t"]}, "row 1: text is .* blank"),
+            ({"id": ["a", ""], "text": ["x", "y"]}, "row 1: id is .* blank"),
             ({"id": ["a", None], "text": ["x", "y"]}, "row 1: id is null"),
             ({"id": [1, 2], "text": ["x", "y"]}, "row 0: id must be a string, got int 1"),
             ({"id": ["a"], "body": ["x"]}, r"a text column is missing.*is: id, body"),
