@@ -1,8 +1,12 @@
-"""Is one system better than another on the same queries, beyond chance?"""
+"""Is one system better than another on the same queries, beyond chance?
+
+Two systems are compared by `compare`, over seeds of training by `compare_seeds`. Several systems
+on the collections of a benchmark are the business of `evaluation.standings`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +15,8 @@ import numpy.typing as npt
 from reasonembed.errors import EvaluationError
 
 _Floats = npt.NDArray[np.float64]
-_BLOCK = 1_000  # samples drawn at a time, to bound memory
+_Integers = npt.NDArray[np.int64]
+_BLOCK_CELLS = 2**20  # numbers drawn at a time, to bound memory
 _ROUNDING = 1e-12  # means of the same numbers in another order differ by less
 
 
@@ -66,22 +71,9 @@ def compare(
             f"both systems need values for the same queries, at least one: {len(a)} and {len(b)} "
             f"given, {len(differing)} differ, such as {differing[:5]}"
         )
-    differences = np.array([a[query_id] - b[query_id] for query_id in sorted(a)])
-    mean = float(differences.mean())
+    differences_Q1 = np.array([[a[query_id] - b[query_id]] for query_id in sorted(a)])
     rng = np.random.default_rng(seed)
-    low, high = np.quantile(_bootstrap_means(differences, num_samples, rng), [0.025, 0.975])
-    swapped = _swapped_means(differences, num_samples, rng)
-    as_large = int((np.abs(swapped) >= abs(mean) - _ROUNDING).sum())
-    return Comparison(
-        mean_difference=mean,
-        low=float(low),
-        high=float(high),
-        # The observed assignment is one of the possible ones, so p is never 0.
-        p_value=(as_large + 1) / (num_samples + 1),
-        wins=int((differences > 0).sum()),
-        ties=int((differences == 0).sum()),
-        losses=int((differences < 0).sum()),
-    )
+    return summarise([resample(differences_Q1, rng, num_samples=num_samples)])[0]
 
 
 @dataclass(frozen=True)
@@ -154,24 +146,96 @@ def _student_interval(values: _Floats) -> tuple[float | None, float | None]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def _bootstrap_means(differences: _Floats, num_samples: int, rng: np.random.Generator) -> _Floats:
-    size = len(differences)
-    parts = [
-        differences[rng.integers(0, size, size=(block, size))].mean(axis=1)
-        for block in _blocks(num_samples)
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values that keep the chance of any false finding in a family below the level.
+
+    The smallest is multiplied by the number of comparisons, the next by one less, and so on; none
+    falls below the one before it, none passes 1 (Holm 1979).
+    """
+    adjusted = [1.0] * len(p_values)
+    highest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Differences of systems to a baseline on one collection, and what chance makes of them.
+
+    Attributes:
+        differences_QS: By query and system; float64.
+        drawn_RS: Their means over queries that were drawn with replacement; by sample and system.
+        swapped_RS: Their means where both systems changed places in random queries.
+    """
+
+    differences_QS: _Floats
+    drawn_RS: _Floats
+    swapped_RS: _Floats
+
+
+def resample(differences_QS: _Floats, rng: np.random.Generator, *, num_samples: int) -> Resampled:
+    """Draws and swaps queries; all systems share the draws."""
+    return Resampled(
+        differences_QS,
+        _weighted_means(_draw, differences_QS, rng, num_samples=num_samples),
+        _weighted_means(_swap, differences_QS, rng, num_samples=num_samples),
+    )
+
+
+def summarise(strata: Sequence[Resampled]) -> list[Comparison]:
+    """Compares every system; the statistic is the mean over collections of the mean over queries.
+
+    Args:
+        strata: One for each collection; their random draws must not depend on each other.
+    """
+    means = np.mean([one.differences_QS.mean(axis=0) for one in strata], axis=0)
+    drawn_RS = np.mean([one.drawn_RS for one in strata], axis=0)
+    low, high = np.quantile(drawn_RS, [0.025, 0.975], axis=0)
+    swapped_RS = np.mean([one.swapped_RS for one in strata], axis=0)
+    as_large = (np.abs(swapped_RS) >= np.abs(means) - _ROUNDING).sum(axis=0)
+    # The observed assignment is one of the possible ones, so p is never 0.
+    p_values = (as_large + 1) / (len(swapped_RS) + 1)
+    pooled_QS = np.concatenate([one.differences_QS for one in strata])
+    wins, losses = (pooled_QS > _ROUNDING).sum(axis=0), (pooled_QS < -_ROUNDING).sum(axis=0)
+    return [
+        Comparison(
+            mean_difference=float(means[system]),
+            low=float(low[system]),
+            high=float(high[system]),
+            p_value=float(p_values[system]),
+            wins=int(wins[system]),
+            ties=int(len(pooled_QS) - wins[system] - losses[system]),
+            losses=int(losses[system]),
+        )
+        for system in range(pooled_QS.shape[1])
     ]
-    return np.concatenate(parts)
 
 
-def _swapped_means(differences: _Floats, num_samples: int, rng: np.random.Generator) -> _Floats:
-    size = len(differences)
+def _weighted_means(
+    weights: Callable[[int, int, np.random.Generator], _Integers],
+    differences_QS: _Floats,
+    rng: np.random.Generator,
+    *,
+    num_samples: int,
+) -> _Floats:
+    size = len(differences_QS)
+    block = max(1, _BLOCK_CELLS // size)
     parts = [
-        (rng.integers(0, 2, size=(block, size)) * 2 - 1) @ differences / size
-        for block in _blocks(num_samples)
+        weights(min(block, num_samples - start), size, rng).astype(np.float64) @ differences_QS
+        for start in range(0, num_samples, block)
     ]
-    return np.concatenate(parts)
+    means: _Floats = np.concatenate(parts) / size
+    return means
 
 
-def _blocks(num_samples: int) -> Iterator[int]:
-    for start in range(0, num_samples, _BLOCK):
-        yield min(_BLOCK, num_samples - start)
+def _draw(block: int, size: int, rng: np.random.Generator) -> _Integers:
+    """How often each query is drawn when as many are drawn as there are."""
+    drawn = rng.integers(0, size, size=(block, size)) + size * np.arange(block)[:, None]
+    return np.bincount(drawn.ravel(), minlength=block * size).reshape(block, size)
+
+
+def _swap(block: int, size: int, rng: np.random.Generator) -> _Integers:
+    """-1 where the two systems change places in a query, else 1."""
+    return rng.integers(0, 2, size=(block, size)) * 2 - 1

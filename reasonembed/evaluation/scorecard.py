@@ -8,7 +8,7 @@ from typing import Any
 
 from reasonembed.evaluation.compare import compare
 from reasonembed.evaluation.datasets import Collection
-from reasonembed.evaluation.metrics import Run, evaluate_run
+from reasonembed.evaluation.metrics import Metrics
 
 METRIC = "ndcg@10"
 DEEP_METRIC = "recall@100"  # where a weak model's progress shows first
@@ -16,16 +16,20 @@ SHOWN = ("ndcg@10", "recall@10", "recall@100", "recip_rank")
 
 
 def scorecard(
-    runs: Mapping[str, Run], collection: Collection, *, baseline: str, system: str, seed: int = 0
+    measured: Mapping[str, Metrics],
+    collection: Collection,
+    *,
+    baseline: str,
+    system: str,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Measures every run and compares one system with one baseline.
+    """Puts the figures of several systems together and compares one with one baseline.
 
     Returns:
         JSON values: `systems` (means by name), `per_query` (nDCG@10 by name and query),
         `comparison` and `deep_comparison` (system minus baseline, paired over queries, in nDCG@10
         and in recall@100), and the collection's name and number of queries.
     """
-    measured = {name: evaluate_run(run, collection.qrels) for name, run in runs.items()}
 
     def by_query(name: str, metric: str) -> dict[str, float]:
         return {query: figures[metric] for query, figures in measured[name].per_query.items()}
