@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.job import Job, main
-from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
-from reasonembed.artifacts import Artifact
+from ray_jobs.ledger import run_planned
+from reasonembed.artifacts import Artifact, Mapper, check_share
 from reasonembed.config import AnnotateConfig
-from reasonembed.llm.protocol import Engine
+from reasonembed.llm.protocol import Engine, WithEngine
 from reasonembed.remixer.annotate import Annotator, JudgedQuery, plan_pairs, query_blocks
 from reasonembed.remixer.mine import keeping_to_source
 from reasonembed.run import Run

@@ -1,11 +1,12 @@
 """Measures the annotator: it judges pairs of the evaluation, whose gold is known."""
 
 from ray_jobs.annotate import judge
-from ray_jobs.embed import evaluated_vectors
+from ray_jobs.embed import embed_evaluated, evaluated_queries
 from ray_jobs.job import Job, main
 from reasonembed.remixer.annotate import JudgedQuery
 from reasonembed.remixer.audit import plan_audit
 from reasonembed.remixer.mine import MINER, read_documents
+from reasonembed.systems.encoding import matrix
 
 
 def run(job: Job) -> dict[str, int]:
@@ -17,9 +18,12 @@ def run(job: Job) -> dict[str, int]:
     job.run.begin("audit", artifact)
     collection = job.run.collection
     documents = read_documents(job.run.artifact("corpus"))
+    vectors = embed_evaluated(job, MINER, job.run.encoders.miner, documents)
     pairs = plan_audit(
         collection,
-        *evaluated_vectors(job, MINER, job.run.encoders.miner, documents),
+        *evaluated_queries(job, vectors),
+        documents.doc_ids.to_pylist(),
+        matrix(vectors, documents.table.column("text_id").to_pylist()),
         num_queries=config.audit_queries,
         corpus=job.run.corpus_store(),
         seed=config.seed,

@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 import ray
 
 from ray_jobs.job import Job, main
-from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
+from ray_jobs.ledger import run_planned
 from ray_jobs.train import in_worker, trainer
-from reasonembed.artifacts import Artifact
+from reasonembed.artifacts import Artifact, Mapper, check_share
 from reasonembed.config import DistillConfig, LLMConfig, TrainRuntime, flatten
 from reasonembed.errors import ConfigError
-from reasonembed.llm.protocol import Engine
+from reasonembed.llm.protocol import Engine, WithEngine
 from reasonembed.models import resolve, weights_fingerprint
 from reasonembed.redapter.log import TrainLog
 from reasonembed.redapter.sft import ChatTokenizer, Example, StepPlan, fine_tune, save_student

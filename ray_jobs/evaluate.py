@@ -1,16 +1,37 @@
 """Searches the evaluation collection with BM25, the miner, and the backbone before and after."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from ray_jobs.embed import evaluated_vectors
+from ray_jobs.embed import (
+    document_shards,
+    embed_evaluated,
+    evaluated_queries,
+    trained_texts,
+    vectors,
+)
 from ray_jobs.job import Job, main
+from reasonembed.corpus import CorpusStore
+from reasonembed.evaluation.excerpts import write_excerpts
+from reasonembed.evaluation.metrics import Metrics, evaluate_run
 from reasonembed.evaluation.metrics import Run as RankedRun
+from reasonembed.evaluation.results import (
+    RUN_PROTOCOL,
+    Result,
+    corpus_fingerprint,
+    provenance,
+    write_result,
+)
 from reasonembed.evaluation.runs import to_table, write_trec
-from reasonembed.evaluation.scorecard import scorecard
-from reasonembed.evaluation.systems import bm25_run, dense_run, with_duplicates
+from reasonembed.evaluation.scorecard import METRIC, scorecard
+from reasonembed.evaluation.search import bm25_run, dense_run, with_duplicates
+from reasonembed.index.bm25 import BM25Index
 from reasonembed.remixer.mine import MINER, read_documents
+from reasonembed.report.blame import CLOSEST_FILE, NUM_CLOSEST, trained_queries
+from reasonembed.schemas import text_id
+from reasonembed.systems.encoding import matrix
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -25,9 +46,51 @@ def run(job: Job) -> dict[str, Any]:
     for name, ranked in runs.items():
         pq.write_table(to_table(ranked), job.run.dir / "evaluate" / f"{name}.parquet")
         write_trec(ranked, job.run.dir / "evaluate" / f"{name}.trec", tag=name)
-    card = scorecard(runs, collection, baseline="before", system="after")
+    pq.write_table(to_table(_closest(job)), job.run.dir / "evaluate" / CLOSEST_FILE)
+    measured = {name: evaluate_run(ranked, collection.qrels) for name, ranked in runs.items()}
+    _write_results(job, runs, measured)
+    card = scorecard(measured, collection, baseline="before", system="after")
     directory.finish(card)
     return _headline(card)
+
+
+def _write_results(job: Job, runs: dict[str, RankedRun], measured: dict[str, Metrics]) -> None:
+    """A folder a system, which `reasonembed evaluate compare` reads."""
+    store, collection = job.run.corpus_store(), job.run.collection
+    identity, corpus = job.run.identity("evaluate"), corpus_fingerprint(store)
+    credited = collection.credit_duplicates(_copies(store)).qrels
+    for name, ranked in runs.items():
+        folder = job.run.dir / "evaluate" / name
+        made = provenance(
+            collection, corpus=corpus, instruction=job.run.instruction, identity=identity
+        )
+        result = Result(
+            system=name,
+            seed=job.run.config.train.seed if name == "after" else None,
+            collection=collection.name,
+            benchmark=collection.benchmark or collection.name,
+            protocol=RUN_PROTOCOL,
+            headline=METRIC,
+            metrics=measured[name],
+            credited=evaluate_run(ranked, credited),
+            provenance=made,
+        )
+        write_result(result, folder)
+        write_excerpts(
+            folder,
+            collection,
+            ranked,
+            texts=lambda ids: {doc_id: store.text(doc_id) for doc_id in ids if doc_id in store},
+        )
+
+
+def _copies(store: CorpusStore) -> Callable[[str], Sequence[str]]:
+    """Documents of equal text, the given one included; itself alone if it is not there."""
+
+    def copies(doc_id: str) -> Sequence[str]:
+        return store.group_members(store.group(doc_id)) if doc_id in store else (doc_id,)
+
+    return copies
 
 
 def _headline(card: dict[str, Any]) -> dict[str, str]:
@@ -36,11 +99,15 @@ def _headline(card: dict[str, Any]) -> dict[str, str]:
 
 def _runs(job: Job) -> dict[str, RankedRun]:
     store, collection, config = job.run.corpus_store(), job.run.collection, job.run.config.evaluate
+    copies = _copies(store)
     runs: dict[str, RankedRun] = {}
     if config.bm25:
-        documents = {doc_id: store.text(doc_id) for doc_id in store.doc_ids}
         runs["bm25"] = bm25_run(
-            collection.queries, documents, excluded=collection.excluded, k=config.top_k
+            collection.queries,
+            BM25Index([store.text(doc_id) for doc_id in store.doc_ids]),
+            doc_ids=store.doc_ids,
+            excluded=collection.excluded,
+            k=config.top_k,
         )
     encoders = job.run.encoders
     distinct = read_documents(job.run.artifact("corpus"))
@@ -52,19 +119,38 @@ def _runs(job: Job) -> dict[str, RankedRun]:
     if "mine" not in job.run.stages:  # where samples were imported
         del systems[0]
     for name, label, encoder in systems:
-        query_ids, query_vectors_QD, *found = evaluated_vectors(job, label, encoder, distinct)
-        doc_ids, doc_vectors_ND = with_duplicates(
-            *found, twins=lambda doc_id: store.group_members(store.group(doc_id))
-        )
+        trained = trained_queries(job.run.artifact("samples")) if name == "after" else None
+        beside = None if trained is None else trained_texts(trained)
+        artifact = embed_evaluated(job, label, encoder, distinct, beside=beside)
+        query_ids, query_vectors_QD = evaluated_queries(job, artifact)
         runs[name] = dense_run(
             query_vectors_QD,
-            doc_vectors_ND,
+            (
+                with_duplicates(*shard, twins=copies)
+                for shard in document_shards(job, artifact, distinct)
+            ),
             query_ids=query_ids,
-            doc_ids=doc_ids,
             excluded=collection.excluded,
             k=config.top_k,
         )
     return runs
+
+
+def _closest(job: Job) -> RankedRun:
+    """The training queries next to each evaluated one, by the trained model's vectors."""
+    asked = job.run.collection.queries
+    near = trained_queries(job.run.artifact("samples")).to_pylist()
+    artifact = vectors(job, job.run.encoders.trained)
+    ids = [text_id(text, instruction=job.run.instruction) for text in asked.values()]
+    ids += [text_id(row["query"], instruction=row["instruction"]) for row in near]
+    found = matrix(artifact, ids)
+    return dense_run(
+        found[: len(asked)],
+        [([row["query_id"] for row in near], found[len(asked) :])],
+        query_ids=list(asked),
+        excluded={},
+        k=NUM_CLOSEST,
+    )
 
 
 if __name__ == "__main__":

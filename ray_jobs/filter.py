@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from ray_jobs.job import Job, main
-from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
+from ray_jobs.ledger import run_planned
+from reasonembed.artifacts import Mapper, check_share
 from reasonembed.config import FilterConfig
 from reasonembed.errors import ConfigError
-from reasonembed.llm.protocol import Engine
+from reasonembed.llm.protocol import Engine, WithEngine
 from reasonembed.remixer.filter import DomainFilter, plan_filter
 from reasonembed.remixer.plan import held_out_documents
 from reasonembed.run import Run

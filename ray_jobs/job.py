@@ -56,7 +56,7 @@ def session(
         is_growing: See `Run`.
     """
     run = Run(config, is_growing=is_growing)
-    with locked(run.dir), _quiet(run.dir / "logs" / "ray.log") as console:
+    with locked(run.dir), quiet(run.dir / "logs" / "ray.log") as console:
         if prepare:
             prepare(run)
         if not run.config_file.is_file():
@@ -71,16 +71,16 @@ def session(
 def join_or_start(runtime: RuntimeConfig) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts a private one on this machine."""
     environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": environment}
+    options = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": environment}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        ray.init(**options)
     else:
         ray.init(
             address="local",
             num_cpus=runtime.logical_cpus or max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             object_store_memory=runtime.object_store_bytes,
-            **quiet,
+            **options,
         )
         _check_resources(runtime, ray.cluster_resources())
     context = ray.data.DataContext.get_current()
@@ -114,7 +114,7 @@ def _check_resources(runtime: RuntimeConfig, have: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def _quiet(log: Path) -> Iterator[Console]:
+def quiet(log: Path) -> Iterator[Console]:
     """Sends the process's stdout and stderr to a file and yields a console on the real stdout.
 
     By file descriptor, because most of the noise is written by C++ and by child processes.
@@ -169,7 +169,7 @@ def main(
     parser.add_argument("--set", action="append", default=[], metavar="KEY.KEY=VALUE")
     parser.add_argument("--retry", default="", metavar="STATUS,...", help="e.g. error,truncated")
     arguments = parser.parse_args()
-    try:
+    with explained():
         config = load(arguments.config, overrides=arguments.set)
         retry = statuses_from(arguments.retry)
         with session(config, retry=retry) as job:
@@ -177,6 +177,13 @@ def main(
                 runner(job)
             else:
                 perform(job, stage, runner)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Ends the process with one message and an exit code where the body fails."""
+    try:
+        yield
     except Exception as error:  # the process boundary: one message, one exit code
         message, code = explain(error)
         sys.stderr.write(f"{message}\n")

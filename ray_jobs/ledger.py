@@ -11,24 +11,20 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Datasink
 from ray.data.block import Block, BlockAccessor
 
-from ray_jobs.job import Job
-from reasonembed.artifacts import Artifact
-from reasonembed.config import EngineRuntime, LLMConfig, PoolConfig
-from reasonembed.errors import QualityError, ReasonEmbedError
-from reasonembed.llm.protocol import Engine, make_engine
-from reasonembed.schemas import Status
+from reasonembed.artifacts import Artifact, CommittedRows, Mapper, equal_blocks
+from reasonembed.config import PoolConfig
+from reasonembed.errors import ReasonEmbedError
+from reasonembed.progress import Reporter
 
 _WRITE_CPUS = 0.1  # a write is short and must find room beside a pool that holds the machine
 _MAX_RESTARTS = 8  # a block that kills its actor each time must end the stage, not loop
-
-Mapper = Callable[[pa.Table], pa.Table]
 
 
 class LedgerSink(Datasink[list[str]]):
@@ -84,22 +80,20 @@ class OverlappingWorker(Worker):
         yield await asyncio.to_thread(self._map, block)
 
 
-@dataclass(frozen=True)
-class WithEngine:
-    """Builds an LLM stage inside its actor: the engine first, then what uses it."""
+class Surroundings(Protocol):
+    """Where to speak, and which failed rows to try again: a `Job`, or what stands in for one."""
 
-    llm: LLMConfig
-    runtime: EngineRuntime
-    cache_dir: str | None
-    make: Callable[[Engine], Mapper]
+    @property
+    def reporter(self) -> Reporter:
+        """Says how far it is."""
 
-    def __call__(self) -> Mapper:
-        """Starts the engine; called once in each actor."""
-        return self.make(make_engine(self.llm, self.runtime, cache_dir=self.cache_dir))
+    @property
+    def retry(self) -> frozenset[str]:
+        """Statuses of rows that are computed again."""
 
 
 def run_planned(
-    job: Job,
+    job: Surroundings,
     planned: pa.Table,
     artifact: Artifact,
     make: Callable[[], Mapper],
@@ -127,7 +121,7 @@ def run_planned(
     todo = artifact.missing(planned, retry=job.retry)
     if not todo.num_rows:
         return 0
-    blocks = (cut or _equal_blocks)(todo, pool.batch_rows)
+    blocks = (cut or equal_blocks)(todo, pool.batch_rows)
     dataset = ray.data.from_arrow(blocks).map_batches(
         OverlappingWorker if overlap > 1 else Worker,
         fn_constructor_kwargs={"make": make},
@@ -152,44 +146,3 @@ def run_planned(
     ):
         dataset.write_datasink(LedgerSink(artifact), ray_remote_args={"num_cpus": _WRITE_CPUS})
     return todo.num_rows
-
-
-def _equal_blocks(table: pa.Table, rows: int) -> list[pa.Table]:
-    return [table.slice(i, rows) for i in range(0, table.num_rows, rows)]
-
-
-class CommittedRows:
-    """Rows committed since it was made."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-        self._before = self._count()
-
-    def new(self) -> int:
-        """Rows committed since then."""
-        return self._count() - self._before
-
-    def _count(self) -> int:
-        return sum(commit.rows for commit in self._artifact.commits())
-
-
-def check_share(artifact: Artifact, limit: float) -> dict[str, int]:
-    """Counts rows by status and fails the stage where too many of them failed.
-
-    Raises:
-        QualityError: The share of rows that are neither ok nor set aside by rule passes `limit`.
-    """
-    counts = artifact.statuses()
-    total = sum(counts.values())
-    failed = total - counts[Status.OK] - counts[Status.FILTERED]
-    if total and failed / total > limit:
-        rows = artifact.read(columns=[*artifact.key, "status", "detail"]).to_pylist()
-        examples = [row for row in rows if row["status"] not in (Status.OK, Status.FILTERED)][:3]
-        raise QualityError(
-            f"{artifact.name}: {failed} of {total} rows failed ({failed / total:.0%}), limit "
-            f"{limit:.0%}: {dict(counts)}\n"
-            + "\n".join(f"  {row}" for row in examples)
-            + "\nNothing is lost. If the engine failed, run again with --retry error; the other "
-            "answers come out the same, so change the stage's sampling or raise max_failed_share."
-        )
-    return dict(counts)

@@ -10,17 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from ray_jobs.embed import (
-    Encoder,
-    dense_retrievers,
-    embed,
-    query_texts,
-    vectors,
-)
+from ray_jobs.embed import dense_retrievers, embed, used_queries, vectors
 from ray_jobs.job import Job, main
-from ray_jobs.ledger import Mapper, run_planned
-from reasonembed.artifacts import Artifact
+from ray_jobs.ledger import run_planned
+from reasonembed.artifacts import Artifact, Mapper
 from reasonembed.config import BM25Retriever, RunRetriever
+from reasonembed.embedder.vectors import Encoder
 from reasonembed.index.bm25 import BM25Index
 from reasonembed.index.exact import NO_DOCUMENT, Positions, Scores, pair_scores
 from reasonembed.index.places import (
@@ -181,7 +176,7 @@ def _dense(job: Job, name: str, encoder: Encoder, plan: Plan) -> Ranker:
     """Searches every shard for every block; what is committed already is not searched again."""
     k, pool = job.run.config.mine.top_k, job.run.config.runtime.mine
     # Through `embed`, which adds what is missing where the stage was begun in the middle.
-    artifact = embed(job, name, encoder, plan.documents, query_texts(job))
+    artifact = embed(job, name, encoder, plan.documents, used_queries(job))
     located = locate(artifact)
     shards = plan_shards(
         plan.searched, located, name=artifact.name, max_documents=pool.shard_documents
@@ -239,7 +234,7 @@ def _bm25(job: Job, config: BM25Retriever, plan: Plan) -> Ranker:
     if not searched.num_rows:
         return lambda _, block: _nothing(block.num_rows)
     corpus = job.run.artifact("corpus")
-    actor = _BM25.remote(corpus, searched, k1=config.k1, b=config.b)
+    actor = _BM25.remote(corpus, searched, config)
     rows, k = plan.searched_rows, job.run.config.mine.top_k
 
     def rank(_: int, block: pa.Table) -> tuple[Scores, Positions]:
@@ -253,10 +248,11 @@ def _bm25(job: Job, config: BM25Retriever, plan: Plan) -> Ranker:
 class _BM25:
     """The one process that holds the corpus's words."""
 
-    def __init__(self, corpus: Artifact, documents: pa.Table, *, k1: float, b: float) -> None:
+    def __init__(self, corpus: Artifact, documents: pa.Table, config: BM25Retriever) -> None:
         self._doc_ids = documents.column("doc_id").combine_chunks()
         # Made with the first call: Ray does not hand on what a constructor raises.
-        self._index = cache(lambda: BM25Index(texts_at(corpus, documents), k1=k1, b=b))
+        settings = config.model_dump(exclude={"kind"})
+        self._index = cache(lambda: BM25Index(texts_at(corpus, documents), **settings))
 
     def search(self, block: pa.Table, k: int) -> tuple[Scores, Positions]:
         shut = excluded_positions(block.column("excluded"), self._doc_ids)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from ray_jobs.job import Job, main
-from ray_jobs.ledger import Mapper, WithEngine, check_share, run_planned
+from ray_jobs.ledger import run_planned
+from reasonembed.artifacts import Mapper, check_share
 from reasonembed.config import RewriteConfig
-from reasonembed.llm.protocol import Engine
+from reasonembed.llm.protocol import Engine, WithEngine
 from reasonembed.remixer.duplicates import usable_queries
 from reasonembed.remixer.mine import keeping_to_source
 from reasonembed.remixer.rewrite import Rewriter

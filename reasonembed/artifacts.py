@@ -32,12 +32,14 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from reasonembed.config import fingerprint
-from reasonembed.errors import DriftError, SchemaError, StorageError
-from reasonembed.schemas import ARTIFACTS, conform, stable_hash
+from reasonembed.errors import DriftError, QualityError, SchemaError, StorageError
+from reasonembed.schemas import ARTIFACTS, Status, conform, stable_hash
 
 _KEY_SEPARATOR = "\x1f"
 _STAGE = "_stage.json"
 _Record = TypeVar("_Record")
+Mapper = Callable[[pa.Table], pa.Table]
+"""Planned rows of an artifact → its rows."""
 _ROW_GROUP = 8_192  # rows that a reader holds at once where it goes through a part
 _BLOCK_BYTES = 2**30  # half of what 32-bit offsets reach, for rows are not all of one length
 
@@ -80,6 +82,8 @@ class StageDirectory:
         *,
         version: str = "",
         may_change: Callable[[str], bool] | None = None,
+        cure: str = "Use another run_dir, restore these values, or discard this stage and those "
+        "after it with --from and --fresh.",
     ) -> None:
         """Claims the directory for `identity`, or checks that it already belongs to it.
 
@@ -91,6 +95,7 @@ class StageDirectory:
             version: Of this software; kept for people.
             may_change: Which fields may differ from those that made it; the new identity is then
                 noted and the rows stay.
+            cure: What to do about another identity, for the message.
 
         Raises:
             DriftError: It was made with another identity; the fields that differ are named.
@@ -110,8 +115,7 @@ class StageDirectory:
             raise DriftError(
                 f"{self.uri} was made with another configuration:\n"
                 + "\n".join(f"  {change}" for change in changes)
-                + "\nUse another run_dir, restore these values, or discard this stage and those "
-                "after it with --from and --fresh."
+                + f"\n{cure}"
             )
 
     def stage(self) -> Stage | None:
@@ -380,6 +384,48 @@ class Artifact(StageDirectory):
         if set(self.key) <= set(columns) and _digest_keys(self._keys(table)) != commit.keys_digest:
             raise StorageError(f"{path} holds other rows than were committed; put it back")
         return table
+
+
+class CommittedRows:
+    """Rows committed since it was made."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._before = self._count()
+
+    def new(self) -> int:
+        """Rows committed since then."""
+        return self._count() - self._before
+
+    def _count(self) -> int:
+        return sum(commit.rows for commit in self._artifact.commits())
+
+
+def equal_blocks(table: pa.Table, rows: int) -> list[pa.Table]:
+    """Cuts a table into blocks of so many rows; the last one may hold fewer."""
+    return [table.slice(i, rows) for i in range(0, table.num_rows, rows)]
+
+
+def check_share(artifact: Artifact, limit: float) -> dict[str, int]:
+    """Counts rows by status and fails the stage where too many of them failed.
+
+    Raises:
+        QualityError: The share of rows that are neither ok nor set aside by rule passes `limit`.
+    """
+    counts = artifact.statuses()
+    total = sum(counts.values())
+    failed = total - counts[Status.OK] - counts[Status.FILTERED]
+    if total and failed / total > limit:
+        rows = artifact.read(columns=[*artifact.key, "status", "detail"]).to_pylist()
+        examples = [row for row in rows if row["status"] not in (Status.OK, Status.FILTERED)][:3]
+        raise QualityError(
+            f"{artifact.name}: {failed} of {total} rows failed ({failed / total:.0%}), limit "
+            f"{limit:.0%}: {dict(counts)}\n"
+            + "\n".join(f"  {row}" for row in examples)
+            + "\nNothing is lost. If the engine failed, run again with --retry error; the other "
+            "answers come out the same, so change the stage's sampling or raise max_failed_share."
+        )
+    return dict(counts)
 
 
 def _digest_keys(keys: list[str]) -> str:

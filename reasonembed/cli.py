@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reasonembed import __version__
+from reasonembed import __version__, evaluate_cli
 from reasonembed.config import load
 from reasonembed.errors import ConfigError, explain, is_expected
 from reasonembed.run import STAGES, Run, statuses_from
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Retrieval that reasons: from a corpus to a trained, evaluated, servable embedder.",
 )
+app.add_typer(evaluate_cli.app, name="evaluate")
 _out = Console(highlight=False)
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -202,6 +203,20 @@ def trace(
     else:
         raise ConfigError("trace needs one of the two: a QUERY_ID, or --from-doc DOC_ID")
     for line in lines:
+        _out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def blame(
+    run_dir: RunDir,
+    query_id: Annotated[
+        str, typer.Argument(metavar="QUERY_ID", help="Of the evaluation, such as py-001.")
+    ],
+) -> None:
+    """Shows what the trained model returned for an evaluated query, and what it learnt near it."""
+    from reasonembed.report.blame import blame_lines
+
+    for line in blame_lines(Run.existing(run_dir), query_id):
         _out.print(line, markup=False, soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -20,6 +21,7 @@ from reasonembed.tasks import TASKS, Relation, Task
 Share = Annotated[float, Field(ge=0, le=1)]
 _Model = TypeVar("_Model", bound=BaseModel)
 _GENERIC = TASKS["generic"]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -69,11 +71,18 @@ class EncoderConfig(Strict):
     layers: Positive | None = Field(
         None, description="first layers of a decoder that are used; default all"
     )
+    attention: Literal["auto", "causal", "bidirectional"] = Field(
+        "auto", description="whether tokens of a decoder see those after them"
+    )
     pooling: Literal["auto", "last", "mean", "cls"] = "auto"
+    pool_template: bool = Field(
+        True, description="whether what the template puts before a text enters the mean"
+    )
     append_token: str = Field(
         "auto", description="`auto`, `none`, or a token such as <|endoftext|>"
     )
     query_template: str = "Instruct: {instruction}\nQuery: {query}"
+    document_template: str = "{document}"
     max_query_tokens: Positive = 512
     max_document_tokens: Positive = 512
     dtype: Literal["bfloat16", "float16", "float32"] = "float32"
@@ -194,6 +203,10 @@ class BM25Retriever(Strict):
     """BM25 beside the miner."""
 
     kind: Literal["bm25"]
+    variant: Literal["standard", "query-side"] = Field(
+        "standard",
+        description="query-side: the query's words are weighted as a document's are (BRIGHT's row)",
+    )
     k1: Annotated[float, Field(ge=0)] = 0.9
     b: Share = 0.4
 
@@ -212,10 +225,19 @@ class EndpointRetriever(Strict):
     model: str
     query_template: str = "Instruct: {instruction}\nQuery: {query}"
     dimension: Positive
+    max_chars: Positive | None = Field(
+        None, description="where texts are cut before they are sent; default never"
+    )
+
+    @model_validator(mode="after")
+    def _template(self) -> EndpointRetriever:
+        if "{query}" not in self.query_template:
+            raise ValueError(f"query_template {self.query_template!r} lacks {{query}}")
+        return self
 
 
 class RunRetriever(Strict):
-    """A TREC run file over our query ids, made by anything."""
+    """A run file over our query ids, made by anything: TREC, JSON or Parquet."""
 
     kind: Literal["run"]
     path: str
@@ -513,6 +535,60 @@ class EvaluateConfig(Strict):
     instruction: str | None = None
 
 
+class HybridRetriever(Strict):
+    """Several retrievers whose results are fused."""
+
+    kind: Literal["hybrid"]
+    parts: dict[str, Retriever] = Field(min_length=2, description="by a name of your choice")
+    fusion: Literal["rrf", "weighted"] = Field(
+        "rrf",
+        description="`rrf`: by reciprocal rank; `weighted`: weighted sum of scores, each "
+        "retriever's brought to 0..1 within a query",
+    )
+    rrf_constant: Positive = 60
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="of each part, for `weighted`; default all 1"
+    )
+
+    @model_validator(mode="after")
+    def _weights_of_parts(self) -> HybridRetriever:
+        if self.weights and (self.fusion == "rrf" or self.weights.keys() != self.parts.keys()):
+            raise ValueError(
+                f"weights names {sorted(self.weights)}: it goes with fusion 'weighted' and names "
+                f"each of the parts {sorted(self.parts)}"
+            )
+        return self
+
+
+class RerankConfig(Strict):
+    """The annotator's grades decide the order of a run's top."""
+
+    annotate: AnnotateConfig
+    top: Positive = Field(100, description="documents of a query that are judged")
+    weight: Share = Field(
+        1.0,
+        description="of the grade against the retriever's score, each brought to 0..1 within a "
+        "query; 1: the grade alone, and the retriever where grades are equal",
+    )
+
+
+class SystemConfig(Strict):
+    """What answers queries: a retriever, perhaps with rewritten queries and a reranker."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also its folder's")
+    retrieve: Annotated[
+        BM25Retriever | DenseRetriever | EndpointRetriever | RunRetriever | HybridRetriever,
+        Field(discriminator="kind"),
+    ]
+    instruction: Literal["none", "instruct", "represent"] = Field(
+        "none",
+        description="which of a protocol's sentences fills {instruction} of the query template",
+    )
+    rewrite: RewriteConfig | None = Field(None, description="search by the rewritten query")
+    rerank: RerankConfig | None = None
+    source: str = Field("", description="where the settings stand that were followed")
+
+
 class DistillConfig(LLMStageConfig):
     """A small annotator taught by a large one (arXiv:2510.08252: Qwen3-235B to Qwen3-8B).
 
@@ -724,6 +800,25 @@ class RuntimeConfig(Strict):
     cache_dir: str | None = Field(None, description="converted weights; default the user's cache")
 
 
+class BenchmarkConfig(Strict):
+    """Systems, collections and the protocol under which they are compared."""
+
+    systems: tuple[str, ...] = Field(
+        ("bm25", "all-minilm-l6-v2-short"),
+        min_length=1,
+        description="names of the catalogue, or YAML files",
+    )
+    collections: tuple[str, ...] = Field(
+        ("python-stdlib",),
+        min_length=1,
+        description="such as python-stdlib, bright, bright:biology, or a folder",
+    )
+    protocol: Literal["bright", "reasonembed", "mteb-v1.1"] = "bright"
+    data_dir: str | None = Field(None, description="folder of collections that are at hand")
+    results_dir: str = "results"
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
 class RunConfig(Strict):
     """A whole run: corpus → queries → judgments → samples → model → metrics."""
 
@@ -816,6 +911,26 @@ def load(path: str | Path, *, overrides: list[str] | None = None) -> RunConfig:
     for override in overrides or []:
         _override(data, override)
     return parse(data, where=str(path))
+
+
+def load_benchmark(
+    path: str | Path | None,
+    *,
+    overrides: list[str] | None = None,
+    given: Mapping[str, Any] = _NOTHING,
+) -> BenchmarkConfig:
+    """Reads the configuration of a benchmark; see `load` for what is refused.
+
+    Args:
+        path: A YAML file; None for the defaults.
+        overrides: `a.b=value`, applied last.
+        given: Values by field that take the place of the file's.
+    """
+    data = {} if path is None else read_mapping(path)
+    data |= given
+    for override in overrides or []:
+        _override(data, override)
+    return validated(BenchmarkConfig, data, where="evaluate" if path is None else str(path))
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

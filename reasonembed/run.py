@@ -31,23 +31,22 @@ from reasonembed.config import (
     DenseRetriever,
     DistillConfig,
     EncoderConfig,
-    EndpointRetriever,
     LLMConfig,
     RunConfig,
     RunRetriever,
     SampleSource,
-    fingerprint,
     flatten,
     parse,
 )
-from reasonembed.corpus import PYTHON_STDLIB, CorpusStore
-from reasonembed.errors import ConfigError, DriftError
+from reasonembed.corpus import PYTHON_STDLIB, CorpusStore, corpus_files
+from reasonembed.embedder.vectors import Encoder, encoder_identity, vectors_artifact
+from reasonembed.errors import ConfigError, CorpusError, DriftError
 from reasonembed.evaluation.datasets import Collection, load_collection
 from reasonembed.models import resolve, weights_fingerprint
 from reasonembed.remixer.answers import prompt_fingerprint
 from reasonembed.remixer.assemble import JUDGED_COLUMNS
 from reasonembed.remixer.msmarco import msmarco_files
-from reasonembed.schemas import ARTIFACTS, Status, embeddings, stable_hash
+from reasonembed.schemas import ARTIFACTS, Status, stable_hash
 from reasonembed.tasks import Task
 
 STAGES = (
@@ -144,17 +143,11 @@ class Run:
         declared = ARTIFACTS["judgments" if kind == "audit" else kind]
         return Artifact(self.dir / kind, name=kind, **vars(declared))
 
-    def vectors(self, encoder: EncoderConfig | EndpointRetriever, *, dimension: int) -> Artifact:
-        """Everything that one encoder has embedded, keyed by `schemas.text_id`.
-
-        The place is named by what decides a vector (weights, contract) and the key by what was
-        embedded, so a stale vector cannot be found, and runs may share the folder.
-        """
+    def vectors(self, encoder: Encoder, *, dimension: int) -> Artifact:
+        """Everything that one encoder has embedded; see `vectors_artifact`."""
         identity = self.encoder_identity(encoder)
         place = Path(self.config.runtime.vectors_dir or self.dir / "embeddings")
-        name = f"{Path(encoder.model).name}-{fingerprint(identity)[:12]}"
-        schema = embeddings(dimension)
-        return Artifact(place.absolute() / name, schema=schema, key=("id",), name=name)
+        return vectors_artifact(place, encoder, identity=identity, dimension=dimension)
 
     def directory(self, stage: str) -> StageDirectory:
         """The directory of a stage whose result is not rows: `train`, `export`, `evaluate`."""
@@ -286,13 +279,9 @@ class Run:
         mine = config.mine.model_copy(update={"encoder": self.encoders.trained})
         return config.model_copy(update={"mine": mine})
 
-    def encoder_identity(self, encoder: EncoderConfig | EndpointRetriever) -> dict[str, Any]:
+    def encoder_identity(self, encoder: Encoder) -> dict[str, Any]:
         """What decides the vectors of an encoder."""
-        if isinstance(encoder, EndpointRetriever):  # behind an address nobody sees the weights
-            return flatten(encoder, prefix="endpoint")
-        weights = weights_fingerprint(resolve(encoder.model, cache_dir=self._cache))
-        settings = flatten(encoder.model_copy(update={"model": Path(encoder.model).name}))
-        return {f"encoder.{key}": value for key, value in settings.items()} | {"weights": weights}
+        return encoder_identity(encoder, cache_dir=self._cache)
 
     def stale(self) -> dict[str, list[str]]:
         """Why stages that exist would not be made the same way today, by stage."""
@@ -341,11 +330,7 @@ class Run:
         return {f"input.{stage}": begun.fingerprint, f"input.{stage}.content": stable_hash(done)}
 
     def _llm(self, name: str, llm: LLMConfig) -> dict[str, Any]:
-        weights = llm.model
-        if llm.engine == "vllm":
-            weights = weights_fingerprint(resolve(llm.model, cache_dir=self._cache))
-        task = stable_hash(self.task)  # its words stand in the prompts
-        return {"prompt": prompt_fingerprint(name), "task": task, "weights": weights}
+        return llm_identity(name, llm, task=self.task, cache_dir=self._cache)
 
     # ---- timeline ---------------------------------------------------------------------------
 
@@ -372,6 +357,30 @@ class Run:
         return json_lines(self.dir / "timeline.jsonl")
 
 
+def llm_identity(
+    prompt: str,
+    llm: LLMConfig,
+    *,
+    task: Task,
+    cache_dir: str | None = None,
+    weights: str | None = None,
+) -> dict[str, Any]:
+    """What decides an LLM's answers besides the settings of its stage.
+
+    Args:
+        prompt: Name of the prompt.
+        llm: The model.
+        task: Its words stand in the prompts.
+        cache_dir: Of packaged weights.
+        weights: Their fingerprint, where it is known; else they are looked for and read.
+    """
+    if llm.engine != "vllm":
+        weights = llm.model
+    elif weights is None:
+        weights = weights_fingerprint(resolve(llm.model, cache_dir=cache_dir))
+    return {"prompt": prompt_fingerprint(prompt), "task": stable_hash(task), "weights": weights}
+
+
 def _comes_from_outside(field: str) -> bool:
     """Whether a field of an identity changes when documents are added and nothing else does."""
     given = ("source.content", "held_out", "exclude_ids.content")
@@ -382,14 +391,23 @@ def _comes_from_outside(field: str) -> bool:
 def _corpus(run: Run) -> dict[str, Any]:
     settings = run._settings("corpus")
     del settings["corpus.source"]  # what lies there counts, not where
-    return settings | {"source.content": _source_digest(run.config.corpus.source)}
+    try:
+        content = source_digest(run.config.corpus.source)
+    except CorpusError:
+        content = "(missing)"  # the reader says so with the cure
+    return settings | {"source.content": content}
 
 
-def _source_digest(source: str) -> str:
+def source_digest(source: str) -> str:
+    """Hash of what a corpus is read from.
+
+    Raises:
+        CorpusError: It is not there.
+    """
     if source == PYTHON_STDLIB:
         return f"python {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    path = Path(source)
-    return file_digest(path / "corpus.jsonl" if path.is_dir() else path)
+    digests = [file_digest(file) for file in corpus_files(source)]
+    return digests[0] if len(digests) == 1 else stable_hash(*digests, size=16)
 
 
 def file_digest(path: str | Path) -> str:

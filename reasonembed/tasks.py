@@ -2,7 +2,7 @@
 
 Instructions of the BRIGHT tasks are those that ReasonEmbed was trained and evaluated with
 (arXiv:2510.08252); they stand on the query side only. Those of R2MED, MS MARCO and the others are
-in our own words, so figures for R2MED are not under the authors' prompts.
+in our own words; `evaluation.protocols` has the sentences that published figures stand under.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ with `finish_reason="error"`, so that no bad prompt can take its batch down.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from reasonembed.artifacts import Mapper
 from reasonembed.config import EngineRuntime, LLMConfig, SamplingConfig
 
 
@@ -87,3 +88,30 @@ def make_engine(config: LLMConfig, runtime: EngineRuntime, *, cache_dir: str | N
     from reasonembed.llm.vllm import make_vllm_engine
 
     return make_vllm_engine(config, runtime, cache_dir=cache_dir)
+
+
+@dataclass(frozen=True)
+class WithEngine:
+    """Builds an LLM stage where it runs: the engine first, then what uses it."""
+
+    llm: LLMConfig
+    runtime: EngineRuntime
+    cache_dir: str | None
+    make: Callable[[Engine], Mapper]
+
+    @property
+    def key(self) -> str:
+        """Equal keys can share what `load` gives."""
+        return repr((self.llm, self.runtime, self.cache_dir))
+
+    def load(self) -> Engine:
+        """Starts the engine."""
+        return make_engine(self.llm, self.runtime, cache_dir=self.cache_dir)
+
+    def mapper(self, loaded: Engine) -> Mapper:
+        """The stage over a started engine."""
+        return self.make(loaded)
+
+    def __call__(self) -> Mapper:
+        """Both; called once in each actor."""
+        return self.mapper(self.load())

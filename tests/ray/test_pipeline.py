@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.compute as pc
 import pytest
 
+from reasonembed.report.blame import blame
 from reasonembed.run import STAGES, Run
 from reasonembed.schemas import Status
 from tests.ray.processes import reasonembed
@@ -69,6 +70,15 @@ def test_scorecard_holds_all_systems(run):
     # The backbone is the miner here, so the untrained system must find exactly what it finds.
     assert card["systems"]["before"] == card["systems"]["miner"]
     assert card["systems"]["after"] != card["systems"]["before"]
+
+
+def test_every_evaluated_query_knows_its_closest_training_samples(run):
+    trained = run.artifact("samples").keys()
+    for query_id in run.collection.queries:
+        found = blame(run, query_id)
+        assert found and {sample.query_id for sample in found} <= trained
+        similarities = [sample.similarity for sample in found]
+        assert similarities == sorted(similarities, reverse=True) and max(similarities) <= 1.001
 
 
 def test_running_again_computes_nothing(tiny, run):

@@ -1,0 +1,1 @@
+"""Systems under comparison: what they are, how they search, and what they score."""
