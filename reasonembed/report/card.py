@@ -25,13 +25,13 @@ from reasonembed.errors import ModelError, ReasonEmbedError, StorageError
 from reasonembed.remixer.assemble import TRAIN
 from reasonembed.remixer.contamination import CHECKS
 from reasonembed.report.charts import number
-from reasonembed.report.facts import SYSTEMS, Facts, signed
+from reasonembed.report.facts import METRICS, SYSTEMS, Facts, signed
 from reasonembed.run import Run
 from reasonembed.schemas import Status
 
 CARD_FILE = "README.md"
 UNKNOWN = "unknown"
-_METRICS = {"ndcg@10": "nDCG@10", "recall@100": "Recall@100", "recip_rank": "MRR"}
+_SHOWN = ("ndcg@10", "recall@100", "recip_rank")
 _PLURALS = {"query": "queries", "gold document": "gold documents"}
 _TAGS = ("sentence-transformers", "feature-extraction", "retrieval", "reasoning", "reasonembed")
 
@@ -316,10 +316,10 @@ def _evaluation(facts: Facts) -> str:
     found = facts.scorecard
     if found is None:
         return "Not evaluated yet."
-    head = " | ".join(_METRICS.values())
+    head = " | ".join(METRICS[metric] for metric in _SHOWN)
     rows = [
         f"| {SYSTEMS.get(name, name)} | "
-        + " | ".join(number(figures[metric], 4) for metric in _METRICS)
+        + " | ".join(number(figures[metric], 4) for metric in _SHOWN)
         + " |"
         for name, figures in found["systems"].items()
     ]
@@ -330,7 +330,7 @@ def _evaluation(facts: Facts) -> str:
         f"cosine over the whole corpus, the best {number(config.evaluate.top_k)} of each query; "
         f"{encoder.max_query_tokens} tokens of a query, {encoder.max_document_tokens} of a "
         "document; metrics as trec_eval computes them, means over queries.\n\n"
-        f"| | {head} |\n|---|{'---|' * len(_METRICS)}\n" + "\n".join(rows) + "\n\n"
+        f"| | {head} |\n|---|{'---|' * len(_SHOWN)}\n" + "\n".join(rows) + "\n\n"
         f"After minus before training in nDCG@10, paired over queries: "
         f"{signed(paired['mean_difference'])}, 95 % interval {signed(paired['low'])} to "
         f"{signed(paired['high'])} (bootstrap over queries)."
@@ -338,12 +338,14 @@ def _evaluation(facts: Facts) -> str:
 
 
 def _summary(facts: Facts, contract: TokenisationContract) -> str:
+    is_bare = contract.document_template == "{document}"
+    kept = "stay bare" if is_bare else f"stand in `{contract.document_template!r}`"
     return (
         "A text embedding model for retrieval where a query and what answers it share few words: "
         f"`{Path(facts.config.train.encoder.model).name}`, trained with ReasonEmbed "
         f"(arXiv:2510.08252). Vectors have {contract.dimension} numbers"
         f"{' and length 1' if contract.normalise else ''}; compare them by cosine. Queries carry "
-        "an instruction, documents stay bare."
+        f"an instruction, documents {kept}."
     )
 
 
@@ -371,7 +373,7 @@ from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{place}")
 queries = model.encode(["why is my loop slow?"], prompt_name="query")
-documents = model.encode(["Appending to a list takes constant time."])
+documents = model.encode(["Appending to a list takes constant time."]{as_document})
 print(model.similarity(queries, documents))"""
 _POOLED = {
     Pooling.LAST: """\
@@ -400,7 +402,7 @@ def embed(texts, limit):
 
 
 queries = embed([prompt + "why is my loop slow?"], {max_query_tokens})
-documents = embed(["Appending to a list takes constant time."], {max_document_tokens})
+documents = embed([{document}], {max_document_tokens})
 print(queries @ documents.T)"""
 _SERVE = """\
 reasonembed serve {place}
@@ -411,10 +413,14 @@ curl http://127.0.0.1:8000/v1/embeddings -H 'Content-Type: application/json' \\
 
 def _use(facts: Facts, contract: TokenisationContract) -> str:
     prompt = apply_template(contract.query_template, query="", instruction=facts.run.instruction)
+    before = contract.document_template.removesuffix("{document}")
     vectors = "torch.nn.functional.normalize(vectors, dim=-1)" if contract.normalise else "vectors"
     transformers = _TRANSFORMERS.format(
         place=_PLACE,
         prompt=json.dumps(prompt, ensure_ascii=False),
+        document=json.dumps(
+            f"{before}Appending to a list takes constant time.", ensure_ascii=False
+        ),
         pooled=_POOLED[contract.pooling],
         vectors=vectors,
         max_query_tokens=contract.max_query_tokens,
@@ -422,6 +428,8 @@ def _use(facts: Facts, contract: TokenisationContract) -> str:
     )
     limits = contract.max_query_tokens, contract.max_document_tokens
     cut = "" if len(set(limits)) == 1 else f", and both sides are cut at {max(limits)} tokens"
+    as_document = ', prompt_name="document"' if before else ""
+    sentences = _SENTENCE_TRANSFORMERS.format(place=_PLACE, as_document=as_document)
     serve = _SERVE.format(
         place=_PLACE,
         name=Path(_PLACE).name,
@@ -431,12 +439,18 @@ def _use(facts: Facts, contract: TokenisationContract) -> str:
     return "\n\n".join(
         [
             f"With sentence-transformers; the prompt named `query` is the instruction{cut}:",
-            f"```python\n{_SENTENCE_TRANSFORMERS.format(place=_PLACE)}\n```",
+            f"```python\n{sentences}\n```",
             "With transformers alone:",
             f"```python\n{transformers}\n```",
             "As a service that checks golden token ids and vectors when it starts:",
             f"```bash\n{serve}\n```",
             f"vLLM serves it, too: `vllm serve {_PLACE} --runner pooling`; queries then need the "
-            "prompt above in front of them.",
+            "prompt above in front of them."
+            + (
+                " Tokens of this model see both sides: a program that runs it as a causal decoder "
+                "gives other vectors."
+                if facts.config.train.encoder.attention == "bidirectional"
+                else ""
+            ),
         ]
     )

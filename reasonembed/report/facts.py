@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reasonembed.corpus import CorpusStore
+from reasonembed.evaluation.comparison_text import metric_name
 from reasonembed.redapter.log import SampleLog, TrainLog
 from reasonembed.remixer.contamination import Contamination
 from reasonembed.report.charts import NOTHING, Point, number, tag
@@ -22,6 +23,12 @@ SYSTEMS = {
     "before": "Backbone before training",
     "after": "After training",
 }
+METRICS = {
+    name: metric_name(name)
+    for name in ("ndcg@10", "recall@1", "recall@10", "recall@100", "recip_rank")
+}
+"""Metrics that pages show, as they are written."""
+
 UNTRAINED = {"bm25": "BM25", "miner": "the miner"}
 NOT_RUN = tag("p", "Not run yet.", class_="empty")
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
-from reasonembed.errors import StorageError
 from reasonembed.report.annotator import annotator
 from reasonembed.report.card import write_card
 from reasonembed.report.charts import Html, join, tag
@@ -18,6 +16,7 @@ from reasonembed.report.distributions import distributions
 from reasonembed.report.evaluation import evaluated
 from reasonembed.report.examples import examples
 from reasonembed.report.facts import Facts
+from reasonembed.report.frame import write_page
 from reasonembed.report.funnel import funnel
 from reasonembed.report.head import header, result
 from reasonembed.report.origin import origin
@@ -46,26 +45,14 @@ def write_report(run: Run) -> Path:
         heading = tag("h2", section.title, id=section.anchor)
         parts.append(tag("section", heading, _guarded(section.build, facts)))
     file = run.dir / FILE
-    scratch = file.with_name(f".{FILE}")
-    try:
-        scratch.write_text(_page(run.dir.resolve().name, join(parts)), encoding="utf-8")
-        scratch.replace(file)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {file}: {error}; nothing of the run is lost, ask for the report again"
-        ) from error
+    write_page(
+        file,
+        title=f"ReasonEmbed run {run.dir.resolve().name}",
+        body=join(parts),
+        cure="nothing of the run is lost, ask for the report again",
+    )
     write_card(facts)
     return file
-
-
-def _page(name: str, body: Html) -> str:
-    style = (files("reasonembed.report") / "assets" / "style.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{tag('title', f'ReasonEmbed run {name}')}<style>\n{style}</style></head>\n"
-        f"<body>{body}</body></html>\n"
-    )
 
 
 def _guarded(build: Callable[[Facts], Html], facts: Facts) -> Html:

@@ -4,6 +4,9 @@ import json
 
 from reasonembed.config import parse
 from reasonembed.corpus import text_hash
+from reasonembed.evaluation.excerpts import write_excerpts
+from reasonembed.evaluation.metrics import evaluate_run
+from reasonembed.evaluation.runs import write_run
 from reasonembed.evaluation.scorecard import scorecard
 from reasonembed.remixer.assemble import JUDGED_COLUMNS, Assembler, Inputs, SampleWriter
 from reasonembed.remixer.plan import plan_seeds
@@ -241,6 +244,18 @@ class Builder:
         wrong = {f"e{i}": {f"d{i}": 1.0, "d5": 2.0} for i in range(3)}
         after = wrong | {"e0": right["e0"]} | {"e1": {}}
         runs = {"bm25": right, "miner": wrong, "before": wrong, "after": after}
-        card = scorecard(runs, self.run.collection, baseline="before", system="after")
+        qrels = self.run.collection.qrels
+        measured = {name: evaluate_run(run, qrels) for name, run in runs.items()}
+        card = scorecard(measured, self.run.collection, baseline="before", system="after")
         self.run.directory("evaluate").begin({})
+        near = self.run.artifact("samples").read().column("query_id").to_pylist()
+        closest = {f"e{i}": {near[i]: 0.9, near[i + 1]: 0.5} for i in range(3)}
+        folder = self.run.dir / "evaluate"
+        write_run(closest, folder / "closest.parquet", tag="closest")
+        texts = {
+            row["doc_id"]: row["text"] for row in self.run.artifact("corpus").read().to_pylist()
+        }
+        for name, found in runs.items():
+            (folder / name).mkdir()
+            write_excerpts(folder / name, self.run.collection, found, texts=lambda _: texts)
         self.run.directory("evaluate").finish(card)
