@@ -39,7 +39,7 @@ from reasonembed.embedder.contract import resolve_contract
 from reasonembed.embedder.encode import Embedder
 from reasonembed.evaluation.compare import compare_seeds
 from reasonembed.evaluation.metrics import Run, evaluate_run
-from reasonembed.evaluation.systems import dense_run
+from reasonembed.evaluation.search import dense_run
 from reasonembed.models import resolve
 from reasonembed.redapter.batches import Sample, samples_from_rows
 from reasonembed.redapter.export import export
@@ -170,9 +170,7 @@ def search(
     """Exact top k theorems of every question; `texts` by question."""
     queries_QD = embedder.encode_queries(list(texts.values()), instruction=INSTRUCTION)
     documents_ND = embedder.encode_documents([data.documents[name] for name in names])
-    return dense_run(
-        queries_QD, documents_ND, query_ids=list(texts), doc_ids=names, excluded={}, k=k
-    )
+    return dense_run(queries_QD, [(names, documents_ND)], query_ids=list(texts), excluded={}, k=k)
 
 
 # ---- a cell -----------------------------------------------------------------------------------

@@ -33,7 +33,14 @@ from reasonembed.artifacts import Artifact
 from reasonembed.config import LLMPool, RunConfig, load
 from reasonembed.corpus import read_corpus
 from reasonembed.evaluation.datasets import load_collection
-from reasonembed.llm.protocol import Completion, Engine, Request, failure, make_engine
+from reasonembed.llm.protocol import (
+    Completion,
+    Engine,
+    Request,
+    WithEngine,
+    failure,
+    make_engine,
+)
 from reasonembed.remixer.annotate import PAIRS, Annotator, JudgedQuery, query_blocks
 from reasonembed.remixer.generate import QueryGenerator
 from reasonembed.run import Run
@@ -151,7 +158,7 @@ class Noted:
 
 def run_jobs(config: RunConfig, stage: str, rows: int, folder: Path) -> dict[str, float]:
     from ray_jobs.job import session
-    from ray_jobs.ledger import WithEngine, run_planned
+    from ray_jobs.ledger import run_planned
 
     started = time.time()
     table = planned(config, stage, rows)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import reasonembed.run as run_module
+import reasonembed.embedder.vectors as vectors_module
 from reasonembed.ablation import (
     AblationConfig,
     load_ablation,
@@ -32,8 +32,11 @@ VARIANTS = [
 
 @pytest.fixture(autouse=True)
 def fake_weights(monkeypatch):
-    monkeypatch.setattr(run_module, "resolve", lambda name, *, cache_dir=None: Path(name))
-    monkeypatch.setattr(run_module, "weights_fingerprint", lambda path: f"weights of {path.name}")
+    # Training embeds by the backbone alone; its identity is that of an encoder.
+    monkeypatch.setattr(vectors_module, "resolve", lambda name, *, cache_dir=None: Path(name))
+    monkeypatch.setattr(
+        vectors_module, "weights_fingerprint", lambda path: f"weights of {path.name}"
+    )
 
 
 @pytest.fixture

@@ -55,7 +55,12 @@ def sections(model=config.RunConfig, path=""):
             yield from sections(inner, f"{above}.{name}{suffix}".lstrip("."))
 
 
-SECTIONS = dict(sections())
+SECTIONS = dict(sections()) | {
+    "benchmark": config.BenchmarkConfig,
+    "system": config.SystemConfig,
+    "system.retrieve: {kind: hybrid}": config.HybridRetriever,
+    "system.rerank": config.RerankConfig,
+}
 
 
 def documented():
@@ -91,7 +96,9 @@ def default_of(field):
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, tuple):
-        return [item.model_dump(mode="json") for item in value]
+        return [
+            item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value
+        ]
     return value
 
 

@@ -74,10 +74,11 @@ def embed():
     places = documents.table.rename_columns({"text_id": "id"}).sort_by([
         (name, "ascending") for name in ("part", "group", "chars", "id")
     ])
+    places = places.append_column("corpus", pa.repeat(corpus.uri, places.num_rows))
     planned = plan(documents)
     texts = pa.table({"id": planned["text_id"], "text": planned["query"],
                       "instruction": [""] * QUERIES})
-    embedder = EmbedPlanned(Stub(), vectors.schema, corpus=corpus)
+    embedder = EmbedPlanned(Stub(), vectors.schema)
     everything = pa.concat_tables([places, texts], promote_options="default")
     for start in range(0, everything.num_rows, 256):
         vectors.commit(f"a-{start:06d}", embedder(everything.slice(start, 256)))

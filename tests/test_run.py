@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+import reasonembed.embedder.vectors as vectors_module
 import reasonembed.run as run_module
 from reasonembed.artifacts import StageDirectory
 from reasonembed.config import (
@@ -43,6 +44,13 @@ def config(run_dir="runs/test", *, engine="scripted", models="models"):
     )
 
 
+def set_weights(monkeypatch, **functions):
+    """Wherever they are looked up: of LLMs by a run, of encoders by their vectors."""
+    for name, function in functions.items():
+        for module in (run_module, vectors_module):
+            monkeypatch.setattr(module, name, function)
+
+
 @pytest.fixture(autouse=True)
 def fake_weights(monkeypatch):
     """Weights are wherever the cache is, and are told apart by name, as content would."""
@@ -50,8 +58,11 @@ def fake_weights(monkeypatch):
     def resolve(name, *, cache_dir=None):
         return Path(cache_dir or "/default") / Path(name).name
 
-    monkeypatch.setattr(run_module, "resolve", resolve)
-    monkeypatch.setattr(run_module, "weights_fingerprint", lambda path: f"weights of {path.name}")
+    set_weights(
+        monkeypatch,
+        resolve=resolve,
+        weights_fingerprint=lambda path: f"weights of {path.name}",
+    )
 
 
 def identities(configuration):
@@ -196,10 +207,11 @@ def test_a_gate_changes_no_identity(path):
 def test_other_weights_under_the_same_name_are_another_identity(monkeypatch, changed, stages):
     base = config(engine="vllm")
     before = identities(base)
-    monkeypatch.setattr(
-        run_module,
-        "weights_fingerprint",
-        lambda path: f"weights of {path.name}" + ("!" if path.name == changed else ""),
+    set_weights(
+        monkeypatch,
+        weights_fingerprint=lambda path: (
+            f"weights of {path.name}" + ("!" if path.name == changed else "")
+        ),
     )
     after = identities(base)
     assert {stage for stage in IDENTIFIED if before[stage] != after[stage]} == stages
@@ -215,8 +227,7 @@ def test_another_prompt_is_another_identity(monkeypatch):
     assert before["annotate"]["prompt"] != after["annotate"]["prompt"]
     chosen = replace_leaf(CONFIG, ("generate", "prompt"), "generate-short")
     monkeypatch.undo()
-    monkeypatch.setattr(run_module, "resolve", lambda name, cache_dir: Path(name))
-    monkeypatch.setattr(run_module, "weights_fingerprint", str)
+    set_weights(monkeypatch, resolve=lambda name, cache_dir: Path(name), weights_fingerprint=str)
     assert Run(chosen).identity("generate")["prompt"] != before["generate"]["prompt"]
 
 
@@ -344,7 +355,7 @@ class TestDirectory:
         assert (
             run.vectors(miner.model_copy(update={"max_query_tokens": 7}), dimension=2).uri != place
         )
-        monkeypatch.setattr(run_module, "weights_fingerprint", lambda path: "others")
+        set_weights(monkeypatch, weights_fingerprint=lambda path: "others")
         assert run.vectors(miner, dimension=2).uri != place
         shared = Run(replace_leaf(run.config, ("runtime", "vectors_dir"), str(tmp_path / "all")))
         assert shared.vectors(miner, dimension=2).uri.startswith(str(tmp_path / "all"))
