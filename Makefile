@@ -22,8 +22,11 @@ export UV_LINK_MODE = copy
 quickstart: $(VENV)/.ready
 	$(BIN)/reasonembed run configs/quickstart.yaml
 
+# Tests on Ray wait for most of their time, so the others run beside them.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore=tests/ray > .pytest-others.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest tests/ray; on_ray=$$?; \
+	wait $$others; status=$$?; cat .pytest-others.log; exit $$((status || on_ray))
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -60,5 +63,5 @@ lock: $(VENV)/.ready  ## resolves anew; commit the result
 	    --extra gpu --extra dev pyproject.toml -o requirements/gpu.txt
 
 clean:
-	rm -rf $(VENV) runs dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+	rm -rf $(VENV) runs results dist build .pytest_cache .pytest-others.log .mypy_cache .ruff_cache .import_linter_cache \
 	    .hypothesis *.egg-info
