@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/encode.py [--texts 64] [--rounds 5] [--device cuda]
 
-The embedder of each of `--models` (all-MiniLM-L6-v2, a decoder of random weights) over texts of skewed
-lengths as BRIGHT's passages have them (lognormal), tokenisation included:
+The embedder of each of `--models` (all-MiniLM-L6-v2, a decoder of random weights) over texts of
+skewed lengths as BRIGHT's passages have them (lognormal), tokenisation included:
 
 - own: `Embedder.encode_documents`
 - peer: `SentenceTransformer.encode` as it comes, 32 texts a batch, sorted by length
