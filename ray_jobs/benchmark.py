@@ -1,6 +1,5 @@
 """Measures systems on collections, their models on actor pools."""
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import ray
 
-from ray_jobs.job import explained, join_or_start, quiet
+from ray_jobs.job import explained, join_or_start, parse_arguments, quiet
 from ray_jobs.ledger import run_planned
 from reasonembed.artifacts import Artifact
 from reasonembed.config import BenchmarkConfig, PoolConfig, load_benchmark
@@ -69,11 +68,7 @@ def measure_on_cluster(
 
 def main() -> None:
     """Runs the job from the command line: `--config FILE`, repeated `--set a.b=1`, `--retry`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.KEY=VALUE")
-    parser.add_argument("--retry", default="", metavar="STATUS,...", help="e.g. error,truncated")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     with explained():
         config = load_benchmark(arguments.config, overrides=arguments.set)
         lines = measure_on_cluster(config, retry=statuses_from(arguments.retry))

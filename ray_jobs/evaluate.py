@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_jobs.embed import (
@@ -42,21 +43,24 @@ def run(job: Job) -> dict[str, Any]:
         return _headline(finished)
     store, collection = job.run.corpus_store(), job.run.collection
     collection.check_against(store.doc_ids)
-    runs = _runs(job)
+    trained = trained_queries(job.run.artifact("samples"))
+    runs = _runs(job, store, trained)
     for name, ranked in runs.items():
         pq.write_table(to_table(ranked), job.run.dir / "evaluate" / f"{name}.parquet")
         write_trec(ranked, job.run.dir / "evaluate" / f"{name}.trec", tag=name)
-    pq.write_table(to_table(_closest(job)), job.run.dir / "evaluate" / CLOSEST_FILE)
+    pq.write_table(to_table(_closest(job, trained)), job.run.dir / "evaluate" / CLOSEST_FILE)
     measured = {name: evaluate_run(ranked, collection.qrels) for name, ranked in runs.items()}
-    _write_results(job, runs, measured)
+    _write_results(job, store, runs, measured)
     card = scorecard(measured, collection, baseline="before", system="after")
     directory.finish(card)
     return _headline(card)
 
 
-def _write_results(job: Job, runs: dict[str, RankedRun], measured: dict[str, Metrics]) -> None:
+def _write_results(
+    job: Job, store: CorpusStore, runs: dict[str, RankedRun], measured: dict[str, Metrics]
+) -> None:
     """A folder a system, which `reasonembed evaluate compare` reads."""
-    store, collection = job.run.corpus_store(), job.run.collection
+    collection = job.run.collection
     identity, corpus = job.run.identity("evaluate"), corpus_fingerprint(store)
     credited = collection.credit_duplicates(_copies(store)).qrels
     for name, ranked in runs.items():
@@ -97,8 +101,8 @@ def _headline(card: dict[str, Any]) -> dict[str, str]:
     return {name: f"nDCG@10 {figures['ndcg@10']:.4f}" for name, figures in card["systems"].items()}
 
 
-def _runs(job: Job) -> dict[str, RankedRun]:
-    store, collection, config = job.run.corpus_store(), job.run.collection, job.run.config.evaluate
+def _runs(job: Job, store: CorpusStore, trained: pa.Table) -> dict[str, RankedRun]:
+    collection, config = job.run.collection, job.run.config.evaluate
     copies = _copies(store)
     runs: dict[str, RankedRun] = {}
     if config.bm25:
@@ -119,8 +123,7 @@ def _runs(job: Job) -> dict[str, RankedRun]:
     if "mine" not in job.run.stages:  # where samples were imported
         del systems[0]
     for name, label, encoder in systems:
-        trained = trained_queries(job.run.artifact("samples")) if name == "after" else None
-        beside = None if trained is None else trained_texts(trained)
+        beside = trained_texts(trained) if name == "after" else None
         artifact = embed_evaluated(job, label, encoder, distinct, beside=beside)
         query_ids, query_vectors_QD = evaluated_queries(job, artifact)
         runs[name] = dense_run(
@@ -136,10 +139,10 @@ def _runs(job: Job) -> dict[str, RankedRun]:
     return runs
 
 
-def _closest(job: Job) -> RankedRun:
+def _closest(job: Job, trained: pa.Table) -> RankedRun:
     """The training queries next to each evaluated one, by the trained model's vectors."""
     asked = job.run.collection.queries
-    near = trained_queries(job.run.artifact("samples")).to_pylist()
+    near = trained.to_pylist()
     artifact = vectors(job, job.run.encoders.trained)
     ids = [text_id(text, instruction=job.run.instruction) for text in asked.values()]
     ids += [text_id(row["query"], instruction=row["instruction"]) for row in near]

@@ -164,11 +164,7 @@ def main(
         description: Of the job, for `--help`.
         stage: Name of the stage, where it is one.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.KEY=VALUE")
-    parser.add_argument("--retry", default="", metavar="STATUS,...", help="e.g. error,truncated")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(description)
     with explained():
         config = load(arguments.config, overrides=arguments.set)
         retry = statuses_from(arguments.retry)
@@ -177,6 +173,15 @@ def main(
                 runner(job)
             else:
                 perform(job, stage, runner)
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """What every job takes: `config`, `set` and `retry`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.KEY=VALUE")
+    parser.add_argument("--retry", default="", metavar="STATUS,...", help="e.g. error,truncated")
+    return parser.parse_args()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -21,7 +21,7 @@ from ray.data.block import Block, BlockAccessor
 from reasonembed.artifacts import Artifact, CommittedRows, Mapper, equal_blocks
 from reasonembed.config import PoolConfig
 from reasonembed.errors import ReasonEmbedError
-from reasonembed.progress import Reporter
+from reasonembed.systems.local import Surroundings
 
 _WRITE_CPUS = 0.1  # a write is short and must find room beside a pool that holds the machine
 _MAX_RESTARTS = 8  # a block that kills its actor each time must end the stage, not loop
@@ -80,18 +80,6 @@ class OverlappingWorker(Worker):
         yield await asyncio.to_thread(self._map, block)
 
 
-class Surroundings(Protocol):
-    """Where to speak, and which failed rows to try again: a `Job`, or what stands in for one."""
-
-    @property
-    def reporter(self) -> Reporter:
-        """Says how far it is."""
-
-    @property
-    def retry(self) -> frozenset[str]:
-        """Statuses of rows that are computed again."""
-
-
 def run_planned(
     job: Surroundings,
     planned: pa.Table,
@@ -106,7 +94,7 @@ def run_planned(
     """Computes the rows of `planned` that `artifact` lacks.
 
     Args:
-        job: Surroundings.
+        job: A `Job`, or what stands in for one.
         planned: Rows with the artifact's key; all of them, those that are done included.
         artifact: Where rows are committed.
         make: Builds the mapper inside an actor; must be picklable.

@@ -15,6 +15,8 @@ from reasonembed.records import GZIP, object_of, read_records, shown
 
 _Value = TypeVar("_Value")
 
+_LINES = (".trec", ".tsv", ".txt", ".run", ".qrels")  # an id may begin with "{"
+
 
 def read_content(file: Path | Traversable) -> bytes:
     """The bytes of a file, unpacked if gzip packed them, whatever its name.
@@ -88,7 +90,7 @@ def is_json(file: Path | Traversable, text: str) -> bool:
     name = file.name.removesuffix(".gz")
     if name.endswith((".json", ".jsonl")):
         return True
-    return not name.endswith((".trec", ".tsv")) and text.lstrip()[:1] == "{"
+    return not name.endswith(_LINES) and text.lstrip()[:1] == "{"
 
 
 def read_rows(paths: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:

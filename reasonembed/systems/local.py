@@ -34,8 +34,8 @@ class Maker(Protocol):
         """Both steps."""
 
 
-class Work(Protocol):
-    """Who computes rows, and where it says how far it is."""
+class Surroundings(Protocol):
+    """Where to speak, and which failed rows to try again."""
 
     @property
     def reporter(self) -> Reporter:
@@ -44,6 +44,10 @@ class Work(Protocol):
     @property
     def retry(self) -> frozenset[str]:
         """Statuses of rows that are computed again."""
+
+
+class Work(Surroundings, Protocol):
+    """Who computes rows."""
 
     def compute(
         self,
@@ -81,19 +85,9 @@ class LocalWork:
     """
 
     def __init__(self, reporter: Reporter, *, retry: frozenset[str] = frozenset()) -> None:
-        self._reporter, self._retry = reporter, retry
+        self.reporter, self.retry = reporter, retry
         self._key = ""
         self._loaded: Any = None
-
-    @property
-    def reporter(self) -> Reporter:
-        """See `Work.reporter`."""
-        return self._reporter
-
-    @property
-    def retry(self) -> frozenset[str]:
-        """See `Work.retry`."""
-        return self._retry
 
     def compute(
         self,
@@ -107,11 +101,11 @@ class LocalWork:
         cut: Callable[[pa.Table, int], list[pa.Table]] | None = None,
     ) -> int:
         """See `Work.compute`."""
-        todo = artifact.missing(planned, retry=self._retry)
+        todo = artifact.missing(planned, retry=self.retry)
         if not todo.num_rows:
             return 0
         done, attempt = planned.num_rows - todo.num_rows, uuid.uuid4().hex[:12]
-        with self._reporter.watching(label, total=planned.num_rows, done=lambda: done):
+        with self.reporter.watching(label, total=planned.num_rows, done=lambda: done):
             mapper = make.mapper(self._load(make))
             for number, block in enumerate((cut or equal_blocks)(todo, pool.batch_rows)):
                 artifact.commit(f"{attempt}-{number:06d}", mapper(block))

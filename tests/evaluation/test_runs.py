@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reasonembed.errors import EvaluationError, SchemaError
@@ -29,6 +29,7 @@ RUN = st.dictionaries(IDS, st.dictionaries(IDS, FLOATS, min_size=1, max_size=5),
 
 @settings(deadline=None)
 @given(run=RUN)
+@example(run={"{": {"{}": 0.0}})
 def test_trec_files_and_tables_keep_ids_scores_and_order(run, tmp_path_factory):
     file = tmp_path_factory.mktemp("runs") / "run.txt"
     write_trec(run, file, tag="ours")
