@@ -9,7 +9,7 @@ import ray
 
 from ray_jobs.job import explained, join_or_start, parse_arguments, quiet
 from ray_jobs.ledger import run_planned
-from reasonembed.artifacts import Artifact
+from reasonembed.artifacts import Ledger
 from reasonembed.config import BenchmarkConfig, PoolConfig, load_benchmark
 from reasonembed.progress import Reporter
 from reasonembed.report.benchmark import write_benchmark_report
@@ -33,7 +33,7 @@ class RayWork:
     def compute(
         self,
         planned: pa.Table,
-        artifact: Artifact,
+        artifact: Ledger,
         make: Maker,
         pool: PoolConfig,
         *,

@@ -52,7 +52,7 @@ def embed(
     address = address_of(name, encoder, runtime, where=f"mine.also.{name}")
     artifact = vectors(job, encoder)
     planned = planned_texts({job.run.artifact("corpus").uri: documents}, queries)
-    make = OpenEmbedder(encoder, address, runtime, artifact.schema)
+    make = OpenEmbedder(encoder, address, runtime, artifact)
     run_planned(job, planned, artifact, make, runtime.embed, label=f"embed ({name})")
     return artifact
 

@@ -25,7 +25,7 @@ from reasonembed.evaluation.results import (
     provenance,
     write_result,
 )
-from reasonembed.evaluation.runs import to_table, write_trec
+from reasonembed.evaluation.runs import to_table, write_both
 from reasonembed.evaluation.scorecard import METRIC, scorecard
 from reasonembed.evaluation.search import bm25_run, dense_run, with_duplicates
 from reasonembed.index.bm25 import BM25Index
@@ -45,9 +45,6 @@ def run(job: Job) -> dict[str, Any]:
     collection.check_against(store.doc_ids)
     trained = trained_queries(job.run.artifact("samples"))
     runs = _runs(job, store, trained)
-    for name, ranked in runs.items():
-        pq.write_table(to_table(ranked), job.run.dir / "evaluate" / f"{name}.parquet")
-        write_trec(ranked, job.run.dir / "evaluate" / f"{name}.trec", tag=name)
     pq.write_table(to_table(_closest(job, trained)), job.run.dir / "evaluate" / CLOSEST_FILE)
     measured = {name: evaluate_run(ranked, collection.qrels) for name, ranked in runs.items()}
     _write_results(job, store, runs, measured)
@@ -59,14 +56,19 @@ def run(job: Job) -> dict[str, Any]:
 def _write_results(
     job: Job, store: CorpusStore, runs: dict[str, RankedRun], measured: dict[str, Metrics]
 ) -> None:
-    """A folder a system, which `reasonembed evaluate compare` reads."""
+    """Runs, and a folder a system, which `reasonembed evaluate compare` reads."""
     collection = job.run.collection
     identity, corpus = job.run.identity("evaluate"), corpus_fingerprint(store)
     credited = collection.credit_duplicates(_copies(store)).qrels
     for name, ranked in runs.items():
         folder = job.run.dir / "evaluate" / name
+        table, trec = (folder.with_name(f"{name}{suffix}") for suffix in (".parquet", ".trec"))
         made = provenance(
-            collection, corpus=corpus, instruction=job.run.instruction, identity=identity
+            collection,
+            corpus=corpus,
+            instruction=job.run.instruction,
+            identity=identity,
+            **write_both(ranked, table, trec, tag=name),
         )
         result = Result(
             system=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -117,7 +118,8 @@ def _check_resources(runtime: RuntimeConfig, have: Mapping[str, float]) -> None:
 def quiet(log: Path) -> Iterator[Console]:
     """Sends the process's stdout and stderr to a file and yields a console on the real stdout.
 
-    By file descriptor, because most of the noise is written by C++ and by child processes.
+    By file descriptor, because most of the noise is written by C++ and by child processes. What
+    this package warns of is no noise, and is said on the console.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -127,19 +129,35 @@ def quiet(log: Path) -> Iterator[Console]:
     with log.open("ab") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
+    console, own = Console(file=stream), logging.getLogger("reasonembed")
+    warnings = _Said(console)
+    own.addHandler(warnings)
     try:
-        yield Console(file=stream)
+        yield console
     except BaseException as error:
         traceback.print_exc()  # the whole story goes to the file; the caller shows the short one
         if not is_expected(error):
             error.add_note(f"Ray's log and the whole traceback: {log}")
         raise
     finally:
+        own.removeHandler(warnings)
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         stream.close()
+
+
+class _Said(logging.Handler):
+    """Says warnings on a console, above whatever renews itself there."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One warning."""
+        Reporter(self._console).say(self.format(record))
 
 
 def perform(job: Job, stage: str, runner: Callable[[Job], dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, Datasink
 from ray.data.block import Block, BlockAccessor
 
-from reasonembed.artifacts import Artifact, CommittedRows, Mapper, equal_blocks
+from reasonembed.artifacts import CommittedRows, Ledger, Mapper, equal_blocks
 from reasonembed.config import PoolConfig
 from reasonembed.errors import ReasonEmbedError
 from reasonembed.systems.local import Surroundings
@@ -34,7 +34,7 @@ class LedgerSink(Datasink[list[str]]):
     another attempt of the job has another attempt id and never touches it.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Ledger) -> None:
         self._artifact, self._attempt = artifact, uuid.uuid4().hex[:12]
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[str]:
@@ -83,7 +83,7 @@ class OverlappingWorker(Worker):
 def run_planned(
     job: Surroundings,
     planned: pa.Table,
-    artifact: Artifact,
+    artifact: Ledger,
     make: Callable[[], Mapper],
     pool: PoolConfig,
     *,

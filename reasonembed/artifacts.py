@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -386,10 +386,23 @@ class Artifact(StageDirectory):
         return table
 
 
+class Ledger(Protocol):
+    """What computing rows asks of an artifact, or of several that are filled together."""
+
+    def missing(self, planned: pa.Table, *, retry: Collection[str] = ()) -> pa.Table:
+        """See `Artifact.missing`."""
+
+    def commit(self, part: str, table: pa.Table) -> Commit:
+        """See `Artifact.commit`."""
+
+    def commits(self) -> list[Commit]:
+        """See `Artifact.commits`."""
+
+
 class CommittedRows:
     """Rows committed since it was made."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Ledger) -> None:
         self._artifact = artifact
         self._before = self._count()
 

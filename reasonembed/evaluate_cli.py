@@ -200,9 +200,9 @@ def leaderboard(
     """Shows our figures beside those that others published, task by task."""
     from reasonembed.evaluation.leaderboard import leaderboard as board_of
     from reasonembed.evaluation.leaderboard import leaderboard_json, leaderboard_lines
-    from reasonembed.evaluation.results import find_results
+    from reasonembed.evaluation.results import find_result_files
 
-    board = board_of(find_results(results) if results else [], benchmark=benchmark)
+    board = board_of(find_result_files(results) if results else [], benchmark=benchmark)
     if as_json:
         typer.echo(json.dumps(leaderboard_json(board), indent=1, ensure_ascii=False))
         return

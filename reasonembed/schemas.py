@@ -175,17 +175,17 @@ RUNS = pa.schema(
 )
 
 
-def embeddings(dimension: int, *, dtype: str = "float32") -> pa.Schema:
+def embeddings(dimension: int, *, dtype: str = "float32", is_endpoint: bool = False) -> pa.Schema:
     """Schema of `embeddings`: one vector an id.
 
     Args:
         dimension: Length of every vector.
         dtype: `float32` or `float16`.
+        is_endpoint: A server gives them, and may find a text too long: `is_cut`.
     """
     value = pa.float16() if dtype == "float16" else pa.float32()
-    return pa.schema(
-        [_required("id", pa.string()), _required("vector", pa.list_(value, dimension))]
-    )
+    fields = [_required("id", pa.string()), _required("vector", pa.list_(value, dimension))]
+    return pa.schema(fields + [_required("is_cut", pa.bool_())] * is_endpoint)
 
 
 @dataclass(frozen=True)

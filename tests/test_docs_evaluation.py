@@ -7,15 +7,24 @@ from pathlib import Path
 import pytest
 import yaml
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from reasonembed.cli import app
 from reasonembed.config import SystemConfig, validated
 from reasonembed.evaluation.datasets import BENCHMARKS, PYTHON_STDLIB
 from reasonembed.evaluation.metrics import CUTOFFS
 from reasonembed.evaluation.protocols import PROTOCOLS
-from reasonembed.evaluation.results import FORMAT, Result, provenance
+from reasonembed.evaluation.results import (
+    FORMAT,
+    RUN_PROTOCOL,
+    Result,
+    provenance,
+    result_dir,
+    write_result,
+)
 from reasonembed.report.benchmark import MAX_LISTS
 from reasonembed.systems.catalogue import system_names
+from tests.evaluation.results_of import result_of
 from tests.report.small_results import collection
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +96,36 @@ def commands():
             if language:
                 continue
             yield from re.findall(r"^reasonembed (.*?)(?:\s{2,}.*|\s+#.*)?$", block, re.MULTILINE)
+
+
+def test_the_comparisons_shown_are_comparisons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bm25", "all-minilm-l6-v2-short"):
+        folder = result_dir(
+            Path("results"), protocol="bright", collection="python-stdlib", system=name
+        )
+        write_result(result_of([0.1, 0.2], system=name, **ON_STDLIB), folder)
+    for seed, run in enumerate(("quickstart", "s1", "s2", "s3")):
+        place = Path("runs", run)
+        for name in ("bm25", "before", "after"):
+            own = result_of(
+                [0.1, 0.2],
+                system=name,
+                protocol=RUN_PROTOCOL,
+                seed=seed if name == "after" else None,
+                **ON_STDLIB,
+            )
+            write_result(own, place / "evaluate" / name)
+        (place / "config.resolved.yaml").touch()
+    block = section("Comparing systems").split("```")[1]
+    lines = re.findall(r"^reasonembed (evaluate (?:compare|leaderboard) .*)$", block, re.MULTILINE)
+    assert len(lines) == 4
+    for line in lines:
+        done = CliRunner().invoke(app, line.split())
+        assert done.exit_code == 0, (line, done.exception)
+
+
+ON_STDLIB = {"collection": "python-stdlib", "benchmark": "python-stdlib"}
 
 
 @pytest.mark.parametrize("line", sorted(set(commands())))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,9 @@ _COUNTED = re.compile(r"\b(tokens|characters|length|context (size|window))\b", r
 _LIMIT = re.compile(r"exceed|maximum|less than|fewer than|at most|longer than", re.IGNORECASE)
 _MIN_CHARS = 256  # a text that is refused at this length is refused for something else
 _SHOWN = 3  # texts named in a warning
+PROBE_FILE = "_endpoint.json"
+_PROBE = "The moon raises the tides, and the sun does so too, at less than half the height."
+_SAME_MODEL = 0.99  # precision and batches of a server move a cosine by thousandths at most
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +70,7 @@ class EndpointEmbedder:
     finite and not zero. Any other is asked for again, then by halves, down to the one text that
     the server cannot embed, which is an error. Servers count tokens, which nobody can here: a text
     that is refused alone because of its length loses its second half until the server takes it,
-    and a warning says how many did.
+    a warning says how many did, and `cut` holds those of the last call.
 
     Args:
         config: Model name, query template, dimension, limit of a text.
@@ -89,6 +94,7 @@ class EndpointEmbedder:
         import openai
 
         self._config, self._base_url, self._pause_s = config, base_url, pause_s
+        self.cut: frozenset[str] = frozenset()
         self._client = openai.OpenAI(
             api_key=api_key or "none",
             base_url=base_url,
@@ -106,7 +112,7 @@ class EndpointEmbedder:
         # Not `str.format`, which would read braces in a query.
         before, _, after = self._config.query_template.partition("{query}")
         before, after = (one.replace("{instruction}", instruction) for one in (before, after))
-        return self._encode(self._cut(texts), _Call(before, after))
+        return self._encode(texts, _Call(before, after))
 
     def encode_documents(self, texts: Sequence[str]) -> _Vectors:
         """Vectors of documents, float32 [N, D].
@@ -114,17 +120,19 @@ class EndpointEmbedder:
         Raises:
             ModelError: The server cannot be reached, refuses, or answers something else.
         """
-        return self._encode(self._cut(texts), _Call())
+        return self._encode(texts, _Call())
 
-    def _cut(self, texts: Sequence[str]) -> list[str]:
+    def _encode(self, given: Sequence[str], call: _Call) -> _Vectors:
         # Servers refuse an empty text, and corpora hold some.
-        return [text[: self._config.max_chars] or " " for text in texts]
-
-    def _encode(self, texts: list[str], call: _Call) -> _Vectors:
+        texts = [text[: self._config.max_chars] or " " for text in given]
         vectors_ND = np.empty((len(texts), self._config.dimension), dtype=np.float32)
         for start in range(0, len(texts), _BATCH_TEXTS):
             part = slice(start, start + _BATCH_TEXTS)
             vectors_ND[part] = self._by_halves(texts[part], call)
+        shortened = {text for text, _, _ in call.cut}
+        self.cut = frozenset(
+            own for own, text in zip(given, texts, strict=True) if text in shortened
+        )
         if call.cut:
             shown = "; ".join(
                 f"{text[:60]!r} from {whole} to {kept} characters"
@@ -209,6 +217,46 @@ class EndpointEmbedder:
 
     def _failed(self, reason: str) -> ModelError:
         return ModelError(f"embedding endpoint {self._base_url} ({self._config.model}): {reason}")
+
+
+def check_same_model(embedder: EndpointEmbedder, folder: Path, *, address: str) -> None:
+    """Makes sure that a server gives the vectors that lie in a folder, as one text tells.
+
+    Nobody sees the weights behind an address, so the first server's vector of a fixed text is kept
+    beside the vectors, with the addresses that gave it.
+
+    Args:
+        embedder: Asks the server.
+        folder: Of vectors under the same model name.
+        address: Of the server.
+
+    Raises:
+        ModelError: The server cannot be asked, or gives clearly another vector.
+    """
+    file, own_D = folder / PROBE_FILE, embedder.encode_documents([_PROBE])[0]
+    kept = {"text": _PROBE, "vector": own_D.tolist(), "addresses": []}
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    kept_D = np.array(kept["vector"], np.float32)
+    cosine = float(own_D @ kept_D / np.linalg.norm(own_D) / np.linalg.norm(kept_D))
+    if cosine < _SAME_MODEL:
+        raise ModelError(
+            f"{address} is not the model whose vectors lie in {folder}, made by "
+            f"{', '.join(kept['addresses'])}: of one text the vectors have a cosine of "
+            f"{cosine:.4f}, below {_SAME_MODEL}. Ask the same model, or delete that folder"
+        )
+    if address not in kept["addresses"]:
+        kept["addresses"].append(address)
+        scratch = folder / f".{PROBE_FILE}-{os.getpid()}"
+        scratch.write_text(json.dumps(kept), encoding="utf-8")
+        scratch.replace(file)
+
+
+def addresses_of(folder: Path) -> list[str]:
+    """The servers that gave the vectors in a folder; see `check_same_model`."""
+    file = folder / PROBE_FILE
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"addresses": []}
+    return list(kept["addresses"])
 
 
 def _is_length(status: int | None, said: str) -> bool:

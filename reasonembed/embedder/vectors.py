@@ -60,7 +60,8 @@ def vectors_artifact(
         dimension: Of a vector.
     """
     name = f"{Path(encoder.model).name}-{fingerprint(identity)[:12]}"
-    return Artifact(place.absolute() / name, schema=embeddings(dimension), key=("id",), name=name)
+    schema = embeddings(dimension, is_endpoint=isinstance(encoder, EndpointRetriever))
+    return Artifact(place.absolute() / name, schema=schema, key=("id",), name=name)
 
 
 class TextEmbedder(Protocol):
@@ -96,10 +97,9 @@ class EmbedPlanned:
         found = [self._documents(planned.filter(is_document))]
         for instruction in queries.column("instruction").unique().to_pylist():
             asked = queries.filter(pc.equal(queries.column("instruction"), instruction))
-            vectors_ND = self._embedder.encode_queries(
-                asked.column("text").to_pylist(), instruction=instruction
-            )
-            found.append(vector_rows(asked.column("id"), vectors_ND, self._schema))
+            texts = asked.column("text").to_pylist()
+            vectors_ND = self._embedder.encode_queries(texts, instruction=instruction)
+            found.append(self._rows(asked, texts, vectors_ND))
         return pa.concat_tables(found)
 
     def _documents(self, places: pa.Table) -> pa.Table:
@@ -108,9 +108,12 @@ class EmbedPlanned:
         columns = ("corpus", "part", "group", "row")
         rows = zip(*(places.column(name).to_pylist() for name in columns), strict=True)
         texts = [self._texts(corpus, part, group)[row].as_py() for corpus, part, group, row in rows]
-        return vector_rows(
-            places.column("id"), self._embedder.encode_documents(texts), self._schema
-        )
+        return self._rows(places, texts, self._embedder.encode_documents(texts))
+
+    def _rows(self, planned: pa.Table, texts: Sequence[str], vectors_ND: _Vectors) -> pa.Table:
+        cut: frozenset[str] = getattr(self._embedder, "cut", frozenset())  # an endpoint's
+        is_cut = [text in cut for text in texts]
+        return vector_rows(planned.column("id"), vectors_ND, self._schema, is_cut=is_cut)
 
 
 def _texts(corpus: str, part: str, group: int) -> pa.ChunkedArray:
@@ -118,8 +121,20 @@ def _texts(corpus: str, part: str, group: int) -> pa.ChunkedArray:
     return artifact.row_group(part, group, columns=["text"]).column("text")
 
 
-def vector_rows(ids: pa.ChunkedArray, vectors_ND: _Vectors, schema: pa.Schema) -> pa.Table:
+def vector_rows(
+    ids: pa.ChunkedArray,
+    vectors_ND: _Vectors,
+    schema: pa.Schema,
+    *,
+    is_cut: Sequence[bool] = (),
+) -> pa.Table:
     """Rows of `schemas.embeddings`.
+
+    Args:
+        ids: Of the texts.
+        vectors_ND: Their vectors.
+        schema: Of an encoder.
+        is_cut: For an endpoint's schema, whether the server took a text in part.
 
     Raises:
         ModelError: The vectors have another dimension or number, or one of them is zero or not
@@ -143,4 +158,7 @@ def vector_rows(ids: pa.ChunkedArray, vectors_ND: _Vectors, schema: pa.Schema) -
             )
     flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
     vectors = pa.FixedSizeListArray.from_arrays(flat, dimension)
-    return conform(pa.table({"id": ids, "vector": vectors}), schema, where="embeddings")
+    columns = {"id": ids, "vector": vectors}
+    if "is_cut" in schema.names:
+        columns["is_cut"] = pa.array(is_cut, pa.bool_())
+    return conform(pa.table(columns), schema, where="embeddings")

@@ -46,7 +46,19 @@ def comparison_lines(compared: Standings) -> list[str]:
         rows = [one for one in compared.differences if one.system == standing.system]
         lines += ["", f"{standing.system} against {baseline.system}:"]
         lines += aligned(_against(compared, baseline, standing, rows), align="<>>>><>>>")
-    return [*lines, "", EXPLANATION]
+    return [*lines, "", EXPLANATION, *coarse_lines(compared)]
+
+
+def coarse_lines(compared: Standings) -> list[str]:
+    """Says where so many comparisons are made that the smallest p is not small enough."""
+    least = 1 / (compared.num_samples + 1)
+    return [
+        f"{compared.num_samples:,} swaps give no p below {least:.1g}, and {family:,} times that "
+        f"passes {LEVEL}: no difference here can be marked. Compare fewer systems or collections "
+        "at a time."
+        for family in compared.families
+        if family * least >= LEVEL
+    ]
 
 
 def _against(

@@ -39,13 +39,13 @@ def read_content(file: Path | Traversable) -> bytes:
 
 
 def read_text(file: Path | Traversable) -> str:
-    """The text of a file, unpacked if need be.
+    """The text of a file, unpacked if need be, without the mark that Windows puts before it.
 
     Raises:
         EvaluationError: As `read_content`, or it is not UTF-8.
     """
     try:
-        return read_content(file).decode("utf-8")
+        return read_content(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{file} is not UTF-8: {error}") from error
 

@@ -28,11 +28,12 @@ from reasonembed.evaluation.specs import Spec
 
 _QUERIES = (
     *("queries.jsonl", "query.jsonl", "topics*.jsonl", "queries.tsv", "topics*.tsv"),
-    *("queries.jsonl.gz", "query.jsonl.gz", "topics*.jsonl.gz", "topics*.tsv.gz"),
+    *("queries.jsonl.gz", "query.jsonl.gz", "topics*.jsonl.gz"),
+    *("queries.tsv.gz", "topics*.tsv.gz"),
 )
 _QRELS = (
     *("qrels/test.tsv", "qrels.jsonl", "qrels*.txt", "qrels*.tsv"),
-    *("qrels.jsonl.gz", "qrels*.txt.gz", "qrels*.tsv.gz"),
+    *("qrels/test.tsv.gz", "qrels.jsonl.gz", "qrels*.txt.gz", "qrels*.tsv.gz"),
 )
 _EXCLUDED = ("excluded.jsonl", "exclude*.txt", "excluded.jsonl.gz", "exclude*.txt.gz")
 _SHOWN = 3  # files and ids named in a message

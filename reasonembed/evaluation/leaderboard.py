@@ -7,10 +7,12 @@ benchmark's tasks is given for whole rows alone: seven of twelve tasks are anoth
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,6 +20,7 @@ import yaml
 from reasonembed.errors import EvaluationError
 from reasonembed.evaluation.comparison_text import aligned, metric_name
 from reasonembed.evaluation.results import Result
+from reasonembed.evaluation.standings import System, check_same_data, check_seeds
 
 METRIC = "ndcg@10"  # of all published figures
 SHORT = {
@@ -164,19 +167,20 @@ def _published(row: Mapping[str, Any], data: Mapping[str, Any]) -> Published:
     )
 
 
-def leaderboard(results: Iterable[Result], *, benchmark: str) -> Leaderboard:
+def leaderboard(found: Sequence[tuple[Path, Result]], *, benchmark: str) -> Leaderboard:
     """Published rows and ours on one benchmark.
 
     Args:
-        results: Ours; those of other benchmarks are left out. Several seeds of one system become
-            one row, the mean over the seeds of each task.
+        found: Ours, each with its file; those of other benchmarks are left out. Several seeds of
+            one system become one row, the mean over the seeds of each task.
         benchmark: Such as "bright".
 
     Raises:
-        EvaluationError: There is nothing on that benchmark, ours have several headlines, or a
-            result lacks the metric.
+        EvaluationError: There is nothing on that benchmark, ours have several headlines, a result
+            lacks the metric, one stands twice, a row's seeds differ from task to task, or results
+            of one protocol stand on different data.
     """
-    ours = [one for one in results if one.benchmark == benchmark]
+    ours = [one for _, one in found if one.benchmark == benchmark]
     theirs = [row for row in published() if row.benchmark == benchmark]
     if not ours and not theirs:
         raise EvaluationError(
@@ -191,7 +195,7 @@ def leaderboard(results: Iterable[Result], *, benchmark: str) -> Leaderboard:
         benchmark=benchmark,
         metric=metric,
         tasks=tasks,
-        rows=(*rows, *_ours(ours, theirs, tasks, metric=metric)),
+        rows=(*rows, *_ours(_systems(found, benchmark), theirs, tasks, metric=metric)),
         revisions=tuple(sorted({one.provenance["revision"] for one in ours} - {""})),
     )
 
@@ -206,27 +210,47 @@ def _headline(results: Sequence[Result]) -> str:
     return headlines[0]
 
 
+def _systems(found: Sequence[tuple[Path, Result]], benchmark: str) -> list[System]:
+    """Ours by system and protocol; a copy of a result is no seed of its own."""
+    groups: dict[tuple[str, str], list[tuple[Path, Result]]] = {}
+    for file, result in found:
+        if result.benchmark == benchmark:
+            groups.setdefault((result.protocol, result.system), []).append((file, result))
+    systems = [
+        System(system, [result for _, result in own], [file.parent for file, _ in own])
+        for (_, system), own in sorted(groups.items())
+    ]
+    for one in systems:
+        check_seeds(one)
+    for _, of_protocol in groupby(systems, key=_protocol):
+        check_same_data(list(of_protocol))
+    return sorted(systems, key=lambda one: (one.name, _protocol(one)))
+
+
+def _protocol(system: System) -> str:
+    return system.results[0].protocol
+
+
 def _ours(
-    results: Sequence[Result], theirs: Sequence[Published], tasks: Sequence[str], *, metric: str
+    systems: Sequence[System], theirs: Sequence[Published], tasks: Sequence[str], *, metric: str
 ) -> list[Row]:
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for result in results:
-        if metric not in result.metrics.mean:
-            raise EvaluationError(f"{result.system} has no {metric} on {result.collection}")
-        values = found.setdefault((result.system, result.protocol), {})
-        values.setdefault(_task(result), []).append(100 * result.metrics.mean[metric])
     rows = []
-    for (system, protocol), by_task in sorted(found.items()):
+    for system in systems:
+        by_task: dict[str, list[float]] = {}
+        for result in system.results:
+            if metric not in result.metrics.mean:
+                raise EvaluationError(f"{result.system} has no {metric} on {result.collection}")
+            by_task.setdefault(_task(result), []).append(100 * result.metrics.mean[metric])
         means = {task: statistics.fmean(by_task[task]) for task in tasks if task in by_task}
-        seeds = max(map(len, by_task.values()))
+        seeds = len(next(iter(by_task.values())))
         rows.append(
             Row(
-                name=system if seeds == 1 else f"{system} ({seeds} seeds)",
-                protocol=protocol,
+                name=system.name if seeds == 1 else f"{system.name} ({seeds} seeds)",
+                protocol=_protocol(system),
                 is_ours=True,
                 values=means,
                 average=statistics.fmean(means.values()) if len(means) == len(tasks) else None,
-                published=_same_system(system, protocol, theirs),
+                published=_same_system(system.name, _protocol(system), theirs),
             )
         )
     return rows

@@ -204,17 +204,12 @@ def read_result(file: Path) -> Result:
     )
 
 
-def find_results(results: Path) -> list[Result]:
-    """Every result below a folder, sorted by benchmark, collection, system and seed.
+def find_result_files(results: Path) -> list[tuple[Path, Result]]:
+    """Every result below a folder with its file, by benchmark, collection, system and seed.
 
     Raises:
         EvaluationError: There is no such folder, or one of its results is damaged.
     """
-    return [result for _, result in find_result_files(results)]
-
-
-def find_result_files(results: Path) -> list[tuple[Path, Result]]:
-    """The same as `find_results`, each with its file."""
     if not results.is_dir():
         raise EvaluationError(f"there is no folder {results} with results")
     found = [(file, read_result(file)) for file in sorted(results.rglob(RESULT_FILE))]

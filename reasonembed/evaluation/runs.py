@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from reasonembed.schemas import RUNS, conform, from_rows
 _PARQUET = b"PAR1"
 _TREC_SUFFIXES = (".trec", ".txt", ".run")
 _GZIP_LEVEL = 6  # 9 takes three times as long and saves a twentieth
+
+log = logging.getLogger(__name__)
 
 
 def read_run(path: Path) -> Run:
@@ -101,6 +104,27 @@ def write_trec(run: Run, path: Path, *, tag: str) -> None:
     path.write_bytes(content)
 
 
+def write_both(run: Run, table: Path, trec: Path, *, tag: str) -> dict[str, str]:
+    """Writes a run as a table and, where its ids can stand there, as a TREC file.
+
+    Args:
+        run: Score by query id and doc id.
+        table: Ends in `.parquet`.
+        trec: See `write_run`.
+        tag: Of the system.
+
+    Returns:
+        For the provenance: why there is no TREC file, under `no_trec_file`; else nothing.
+    """
+    write_run(run, table, tag=tag)
+    try:
+        write_run(run, trec, tag=tag)
+    except EvaluationError as error:  # blanks in ids; the table holds the same run
+        log.warning("%s is not written, %s holds the run: %s", trec, table.name, error)
+        return {"no_trec_file": str(error)}
+    return {}
+
+
 def to_table(run: Run) -> pa.Table:
     """A table of `schemas.RUNS`, one row a query, best first; scores become float32."""
     rows: list[dict[str, object]] = []
@@ -156,22 +180,21 @@ def without_excluded(
 
 
 def _from_trec(text: str, path: Path) -> Run:
-    """A TREC run.
+    """A TREC run; ranks are ignored, as trec_eval does.
 
-    Ranks are ignored, as trec_eval does, and so are columns after the tag, unless what stands in
-    the rank's place is no number: then an id held a blank.
+    A line of seven columns is refused: the seventh may be a comment, or an id held a blank.
     """
     run: Run = {}
     for number, line in lines_of(text):
         try:
-            query_id, _, doc_id, rank, score, _, *more = columns(line, 6)
+            query_id, _, doc_id, _, score, _ = columns(line, 6)
             value = float(score)
-            if not math.isfinite(value) or (more and not math.isfinite(float(rank))):
+            if not math.isfinite(value):
                 raise ValueError(line)
         except ValueError:
             raise EvaluationError(
                 f"{path}, line {number}: expected `query_id Q0 doc_id rank score tag` with a "
-                f"finite score, got {line[:80]!r}"
+                f"finite score, got {line[:80]!r}; ids with blanks need tabs between the columns"
             ) from None
         scores = run.setdefault(query_id, {})
         if doc_id in scores:

@@ -63,12 +63,18 @@ def score_files(
         excluded: File of documents that queries must not get back.
 
     Raises:
-        EvaluationError: A file is malformed, run and qrels do not belong together, or a document
-            is gold and excluded.
+        EvaluationError: A file is malformed, run, qrels and exclusions do not belong together, or
+            a document is gold and excluded.
     """
     ranked, judged, removed = read_run(run), read_qrels(qrels), None
     if excluded is not None:
-        ranked, removed = without_excluded(ranked, judged, read_excluded(excluded))
+        out = read_excluded(excluded)
+        if strange := sorted(out.keys() - judged.keys() - ranked.keys()):
+            raise EvaluationError(
+                f"{excluded}: {len(strange)} of its {len(out)} query ids are neither in {qrels} "
+                f"nor in {run}, such as {strange[:_SHOWN]}; are these the files of one collection?"
+            )
+        ranked, removed = without_excluded(ranked, judged, out)
     found = evaluate_run(ranked, judged, ks=cutoffs_of(metrics))
     return Score(
         mean={name: found.mean[name] for name in metrics},

@@ -86,6 +86,7 @@ class Standings:
         standings: Of the systems, the baseline first.
         differences: Of each system, overall first where there are several collections.
         families: Number of comparisons that p values were corrected for: overall, by collection.
+        num_samples: Of the randomisation test; p is at least 1 / (1 + this).
         values: Of each query, the mean over seeds, by system and collection.
     """
 
@@ -96,6 +97,7 @@ class Standings:
     standings: tuple[Standing, ...]
     differences: tuple[Difference, ...]
     families: tuple[int, int]
+    num_samples: int
     values: dict[str, dict[str, dict[str, float]]]
 
 
@@ -145,6 +147,7 @@ def compare_systems(
         standings=tuple(map(_standing, systems, by_seed)),
         differences=rows,
         families=families,
+        num_samples=num_samples,
         values=values,
     )
 
@@ -262,9 +265,19 @@ def check_comparable(systems: Sequence[System]) -> None:
             "are not comparable: measure both under one"
         )
     _check_one_benchmark(systems)
-    first: dict[str, tuple[str, Result]] = {}
     for system in systems:
         _check_complete(system, systems[0])
+    check_same_data(systems)
+
+
+def check_same_data(systems: Sequence[System]) -> None:
+    """Makes sure that on each collection all results stand on the same data and queries.
+
+    Raises:
+        EvaluationError: Two do not; both values are named.
+    """
+    first: dict[str, tuple[str, Result]] = {}
+    for system in systems:
         for result in system.results:
             name, other = first.setdefault(result.collection, (system.name, result))
             _check_pair(name, other, system.name, result)
@@ -280,7 +293,7 @@ def _check_one_benchmark(systems: Sequence[System]) -> None:
 
 
 def _check_complete(system: System, baseline: System) -> None:
-    """Refuses a collection and seed that stands twice, and collections or seeds that lack."""
+    """Refuses collections that only one of them has; see `check_seeds`."""
     wanted = {result.collection for result in baseline.results}
     found = {result.collection for result in system.results}
     if not found or found != wanted:
@@ -290,14 +303,26 @@ def _check_complete(system: System, baseline: System) -> None:
             f"{len(found)}; only {baseline.name} has {only[0]}, only {system.name} has {only[1]}: "
             "measure what is missing, or name the collections that both have"
         )
-    seeds: dict[str, list[int | None]] = {}
-    for result in system.results:
-        seeds.setdefault(result.collection, []).append(result.seed)
-    for collection, own in seeds.items():
-        if len(set(own)) != len(own):
+    check_seeds(system)
+
+
+def check_seeds(system: System) -> None:
+    """Makes sure that a mean over a system's seeds is one.
+
+    Raises:
+        EvaluationError: A collection and seed stands twice, or collections have other seeds.
+    """
+    seeds: dict[str, dict[int | None, int]] = {}
+    for number, result in enumerate(system.results):
+        first = seeds.setdefault(result.collection, {}).setdefault(result.seed, number)
+        if first != number:
+            pair = " and ".join(
+                str(system.folders[one]) for one in (first, number) if system.folders
+            )
             raise EvaluationError(
-                f"{system.name} has two results on {collection} with the same seed, of {own}; "
-                "give the seeds of one system different numbers"
+                f"{system.name} has two results on {result.collection} with the same seed, "
+                f"{result.seed}{pair and f': {pair}'}; leave one, or give its seeds different "
+                "numbers"
             )
     kinds = {frozenset(own): collection for collection, own in seeds.items()}
     if len(kinds) > 1:

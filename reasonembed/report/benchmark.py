@@ -17,6 +17,7 @@ from typing import Any
 from reasonembed import __version__
 from reasonembed.config import flatten
 from reasonembed.errors import EvaluationError, ReasonEmbedError
+from reasonembed.evaluation.comparison_text import coarse_lines
 from reasonembed.evaluation.excerpts import Looked, read_excerpts
 from reasonembed.evaluation.leaderboard import (
     SHORT,
@@ -90,7 +91,7 @@ def write_benchmark_report(results_dir: Path) -> Path:
     results, tasks = [result for _, result in found], _tasks(found)
     sections = {
         "Figures": _figures(results),
-        "Leaderboard": _leaderboards(results),
+        "Leaderboard": _leaderboards(found),
         "Differences": _differences(results),
         "Queries": _queries(tasks),
         "How it was made": _origin(results),
@@ -170,13 +171,20 @@ def _named(result: Result) -> str:
     return result.system if result.seed is None else f"{result.system} (seed {result.seed})"
 
 
-def _leaderboards(results: Sequence[Result]) -> Html:
+def _leaderboards(found: Sequence[tuple[Path, Result]]) -> Html:
     """Ours beside what others published, for each benchmark of which something was published."""
-    benchmarks = sorted({result.benchmark for result in results} & benchmark_tasks().keys())
+    benchmarks = sorted({result.benchmark for _, result in found} & benchmark_tasks().keys())
     if not benchmarks:
         said = "Of these collections no figures were published that could stand beside ours."
         return tag("p", said, class_="empty")
-    return join(_board(leaderboard(results, benchmark=one)) for one in benchmarks)
+    parts = []
+    for benchmark in benchmarks:
+        parts.append(tag("h3", benchmark))
+        try:
+            parts.append(_board(leaderboard(found, benchmark=benchmark)))
+        except EvaluationError as error:  # figures that make no row are still worth a page
+            parts.append(tag("p", f"They make no table: {error}", class_="bad"))
+    return join(parts)
 
 
 def _board(board: Leaderboard) -> Html:
@@ -204,7 +212,6 @@ def _board(board: Leaderboard) -> Html:
     titles = ["system", "published in", "when", "what is uncertain"]
     return join(
         [
-            tag("h3", board.benchmark),
             table(head, rows, align="ll" + "r" * (len(head) - 2)),
             tag("p", said, class_="muted small"),
             tag("details", tag("summary", "Sources"), table(titles, sources, align="llll")),
@@ -295,7 +302,12 @@ def _difference_table(found: Standings) -> Html:
 
     head = ["system", "on", f"{found.metric}, minus {first.system}", "difference"]
     head += ["95 % interval", "p", "p, Holm", "better / equal / worse"]
-    return table(head, map(row, found.differences), align="lllrrrrr")
+    return join(
+        [
+            table(head, map(row, found.differences), align="lllrrrrr"),
+            *(tag("p", line, class_="muted small") for line in coarse_lines(found)),
+        ]
+    )
 
 
 def _coloured(text: str, low: float, high: float) -> Html:
@@ -350,13 +362,20 @@ def _closest(task: _Task, query_ids: Sequence[str]) -> tuple[_ByQuery, list[str]
 
 
 def _trained_run(result: Result) -> Run | None:
-    """The run whose export the system is, if it lies there and was asked the same queries."""
+    """The run whose export the system is, if it lies there and was asked the same queries.
+
+    A run that was trained again since has another model in the same place, and other samples.
+    """
     model = Path(str(flatten(result.provenance).get("system.retrieve.encoder.model")))
     own = model.parent.parent / "evaluate" / "after"
     if model.parts[-2:] != ("export", "model") or not (own / RESULT_FILE).is_file():
         return None
+    run = Run.existing(model.parent.parent)
+    exported = run.directory("export").finished() or {}
+    identity = result.provenance.get("identity", {})
     is_same = read_result(own).provenance["collection"] == result.provenance["collection"]
-    return Run.existing(model.parent.parent) if is_same else None
+    is_same &= identity.get(f"retrieve.{result.system}.weights", "") == exported.get("weights")
+    return run if is_same else None
 
 
 def _looks(task: _Task, place: int, systems: Sequence[str], closest: _ByQuery) -> Iterable[Html]:

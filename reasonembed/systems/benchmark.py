@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from reasonembed.artifacts import locked
-from reasonembed.config import BenchmarkConfig, DenseRetriever, EndpointRetriever, SystemConfig
-from reasonembed.errors import ConfigError
+from reasonembed.config import (
+    BenchmarkConfig,
+    DenseRetriever,
+    EndpointRetriever,
+    RunRetriever,
+    RuntimeConfig,
+    SystemConfig,
+)
+from reasonembed.errors import ConfigError, EvaluationError
 from reasonembed.evaluation import protocols
 from reasonembed.evaluation.collection import Collection
 from reasonembed.evaluation.datasets import load_collections
@@ -20,7 +27,7 @@ from reasonembed.systems.catalogue import load_system
 from reasonembed.systems.encoding import address_of
 from reasonembed.systems.local import LocalWork, Work
 from reasonembed.systems.measure import is_done, measure
-from reasonembed.systems.retrieval import parts_of
+from reasonembed.systems.retrieval import parts_of, run_file
 from reasonembed.systems.table import table_lines
 from reasonembed.systems.workspace import Workspace
 
@@ -28,24 +35,30 @@ from reasonembed.systems.workspace import Workspace
 def measure_all(config: BenchmarkConfig, *, work: Work) -> list[Result]:
     """Measures system by system, each on all collections at once: loading a model takes long.
 
-    Systems, collections and addresses are read and weights are found before anything is computed,
-    so that a mistake in them shows at once.
+    Systems, collections, addresses and run files are looked at and weights are found before
+    anything is computed, so that a mistake in them shows at once.
 
     Returns:
         By system, then by collection, in the order of the configuration.
 
     Raises:
-        ConfigError: A system is unknown or stands twice, or an endpoint has no address.
-        EvaluationError: A collection cannot be had, or stands twice.
+        ConfigError: A system is unknown or stands twice, or an endpoint that is needed has no
+            address.
+        EvaluationError: A collection cannot be had or stands twice, or a run file is missing.
         ModelError: There are no weights of a system whose results are not finished.
         StorageError: Another process works in the same folder.
     """
     protocol = protocols.get(config.protocol)
     systems = [placed(load_system(name)) for name in config.systems]
     collections = _collections(config)
-    _check(config, systems, collections)
+    _check(systems, collections)
     workspace = Workspace(Path(config.results_dir), runtime=config.runtime)
-    _find_weights(systems, collections, protocol.name, workspace=workspace, retry=work.retry)
+    unfinished = [
+        system
+        for system in systems
+        if not _is_finished(system, collections, protocol.name, workspace, retry=work.retry)
+    ]
+    _find_models(unfinished, config.runtime)
     results: list[Result] = []
     with locked(workspace.results):
         for number, system in enumerate(systems, start=1):
@@ -81,34 +94,45 @@ def _collections(config: BenchmarkConfig) -> list[Collection]:
     ]
 
 
-def _check(
-    config: BenchmarkConfig, systems: list[SystemConfig], collections: list[Collection]
-) -> None:
+def _check(systems: list[SystemConfig], collections: list[Collection]) -> None:
     _refuse_twice("system", (system.name for system in systems))
     _refuse_twice("collection", (collection.name for collection in collections))
     for system in systems:
-        for name, part in parts_of(system).items():
-            if isinstance(part, EndpointRetriever):
-                address_of(name, part, config.runtime, where=f"the retriever {name}")
+        parts = parts_of(system).values()
+        for file in (
+            run_file(part, one)
+            for part in parts
+            if isinstance(part, RunRetriever)
+            for one in collections
+        ):
+            if not file.is_file():
+                raise EvaluationError(f"{system.name}: there is no run file {file}")
 
 
-def _find_weights(
-    systems: list[SystemConfig],
+def _is_finished(
+    system: SystemConfig,
     collections: list[Collection],
     protocol: str,
-    *,
     workspace: Workspace,
+    *,
     retry: frozenset[str],
-) -> None:
-    """Fetches what is needed and not at hand; nothing is loaded."""
+) -> bool:
+    places = (
+        workspace.result(protocol=protocol, collection=one.name, system=system.name)
+        for one in collections
+    )
+    return all(is_done(place, retry=retry) for place in places)
+
+
+def _find_models(systems: list[SystemConfig], runtime: RuntimeConfig) -> None:
+    """Fetches weights that are needed and not at hand, once all addresses are known."""
     for system in systems:
-        places = (
-            workspace.result(protocol=protocol, collection=one.name, system=system.name)
-            for one in collections
-        )
-        if not all(is_done(place, retry=retry) for place in places):
-            for model in _models_of(system):
-                resolve(model, cache_dir=workspace.runtime.cache_dir)
+        for name, part in parts_of(system).items():
+            if isinstance(part, EndpointRetriever):
+                address_of(name, part, runtime, where=f"the retriever {name}")
+    for system in systems:
+        for model in _models_of(system):
+            resolve(model, cache_dir=runtime.cache_dir)
 
 
 def _models_of(system: SystemConfig) -> list[str]:

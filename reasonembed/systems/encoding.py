@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -40,30 +41,36 @@ class OpenEmbedder:
         encoder: What embeds.
         address: Of the server, where the encoder is an endpoint.
         runtime: How.
-        schema: Of the vectors.
+        artifact: Of the vectors.
     """
 
     encoder: Encoder
     address: str | None
     runtime: RuntimeConfig
-    schema: pa.Schema
+    artifact: Artifact
 
     @property
     def key(self) -> str:
         """Equal keys can share what `load` gives."""
-        return repr((self.encoder, self.address))
+        return repr((self.encoder, self.address, self.artifact.uri))
 
     def load(self) -> TextEmbedder:
-        """Loads the weights, or opens the connection."""
+        """Loads the weights, or opens the connection.
+
+        Raises:
+            ModelError: There are none, or behind the address is another model than before.
+        """
         if isinstance(self.encoder, EndpointRetriever):
             assert self.address is not None, "checked by `address_of`"
-            from reasonembed.embedder.endpoint import EndpointEmbedder
+            from reasonembed.embedder.endpoint import EndpointEmbedder, check_same_model
 
             key = os.environ.get(self.runtime.engine.api_key_env)
             timeout_s = self.runtime.engine.timeout_s
-            return EndpointEmbedder(
+            asking = EndpointEmbedder(
                 self.encoder, base_url=self.address, api_key=key, timeout_s=timeout_s
             )
+            check_same_model(asking, Path(self.artifact.uri), address=self.address)
+            return asking
         from reasonembed.embedder.encode import Embedder  # torch, seconds to load
 
         return Embedder.load(
@@ -75,7 +82,7 @@ class OpenEmbedder:
 
     def mapper(self, loaded: TextEmbedder) -> Mapper:
         """The mapper over what `load` gave."""
-        return EmbedPlanned(loaded, self.schema)
+        return EmbedPlanned(loaded, self.artifact.schema)
 
     def __call__(self) -> Mapper:
         """Both; called once in each actor."""

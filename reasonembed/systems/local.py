@@ -6,13 +6,15 @@ a measurement that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import gc
+import sys
 import uuid
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import pyarrow as pa
 
-from reasonembed.artifacts import Artifact, Mapper, equal_blocks
+from reasonembed.artifacts import Ledger, Mapper, equal_blocks
 from reasonembed.config import PoolConfig
 from reasonembed.progress import Reporter
 
@@ -52,7 +54,7 @@ class Work(Surroundings, Protocol):
     def compute(
         self,
         planned: pa.Table,
-        artifact: Artifact,
+        artifact: Ledger,
         make: Maker,
         pool: PoolConfig,
         *,
@@ -92,7 +94,7 @@ class LocalWork:
     def compute(
         self,
         planned: pa.Table,
-        artifact: Artifact,
+        artifact: Ledger,
         make: Maker,
         pool: PoolConfig,
         *,
@@ -122,6 +124,13 @@ class LocalWork:
 
     def close(self) -> None:
         """Frees what is loaded."""
+        if self._loaded is None:
+            return
         if (close := getattr(self._loaded, "close", None)) is not None:
             close()  # engines hold more than memory
         self._loaded = None
+        # torch keeps the memory of what it frees, and an LLM's engine asks for nearly all of it.
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ its metrics are taken anew from the run, so that a new metric costs nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,30 @@ from reasonembed.config import (
     flatten,
 )
 from reasonembed.embedder.vectors import encoder_identity
-from reasonembed.errors import EvaluationError
 from reasonembed.evaluation.collection import Collection
 from reasonembed.evaluation.excerpts import write_excerpts
 from reasonembed.evaluation.metrics import Run, evaluate_run
 from reasonembed.evaluation.protocols import Protocol
 from reasonembed.evaluation.results import Result, measured_by, provenance, write_result
-from reasonembed.evaluation.runs import read_run, write_run
+from reasonembed.evaluation.runs import read_run, write_both
 from reasonembed.index.bm25 import ANALYSIS_VERSION
 from reasonembed.models import is_at_hand
 from reasonembed.run import file_digest, llm_identity
 from reasonembed.schemas import stable_hash
 from reasonembed.systems.local import Work
-from reasonembed.systems.reranking import Reranked, rerank
-from reasonembed.systems.retrieval import Asked, embed, limited, parts_of, retrieve, run_file
+from reasonembed.systems.reranking import Found, rerank
+from reasonembed.systems.retrieval import (
+    Asked,
+    embed,
+    endpoint_notes,
+    limited,
+    parts_of,
+    retrieve,
+    run_file,
+)
 from reasonembed.systems.rewriting import Rewritten, rewritten_queries
-from reasonembed.systems.workspace import ResultDirectory, Workspace
+from reasonembed.systems.workspace import RUN_FILE, TREC_FILE, ResultDirectory, Workspace
 
-RUN_FILE, TREC_FILE = "run.parquet", "run.trec.gz"
 _REWRITES, _JUDGMENTS = _FAILED = ("rewrites_failed", "judgments_failed")
 # Limits and plans that change no answer.
 _NO_ANSWER = ("max_failed_share", "audit_queries", "candidates_per_query")
@@ -60,8 +66,9 @@ def measure(
 ) -> list[Result]:
     """Measures a system on collections, or takes the figures from its finished runs.
 
-    Step by step over all of them, so that an encoder is loaded once and need not change places with
-    an LLM: queries are rewritten, texts embedded, then each collection is searched.
+    Step by step over all of them, so that an encoder is loaded once, an LLM started once, and
+    neither has to make room for the other: queries are rewritten, texts embedded, collections
+    searched, their runs reranked.
 
     Returns:
         One of each collection.
@@ -77,16 +84,18 @@ def measure(
     for one in every:
         one.begin()
     todo = [one for one in every if not is_done(one.place, retry=work.retry)]
+    results = {one.collection.name: _result(one) for one in every if one not in todo}
     for one in todo:
         one.collection.check_against(workspace.corpus(one.collection).doc_ids)
-    rewritten = [_rewritten(one, work=work) for one in todo]
+    rewritten = _rewritten(system, todo, work=work)
     asked = [one.asked(new.queries, work) for one, new in zip(todo, rewritten, strict=True)]
     embed(system, asked)
-    for one, new, searched in zip(todo, rewritten, asked, strict=True):
-        if len(collections) > 1:
-            work.reporter.say(f"search {one.collection.name} ({system.name})")
-        _make(one, searched, notes={} if system.rewrite is None else {_REWRITES: new.num_failed})
-    return [_result(one) for one in every]
+    runs = _runs(system, todo, asked)
+    for one, new, searched, found in zip(todo, rewritten, asked, runs, strict=True):
+        failed = {} if system.rewrite is None else {_REWRITES: new.num_failed}
+        _write(one, searched, found.run, notes=found.notes | failed)
+        results[one.collection.name] = _result(one)  # now: the next collection may fail
+    return [results[one.collection.name] for one in every]
 
 
 def is_done(place: StageDirectory, *, retry: frozenset[str] = frozenset()) -> bool:
@@ -225,29 +234,72 @@ class _Asking:
         return self.workspace.runtime.cache_dir
 
 
-def _rewritten(asked: _Asking, *, work: Work) -> Rewritten:
-    collection, config, workspace = asked.collection, asked.system.rewrite, asked.workspace
-    if config is None:
-        return Rewritten(collection.queries, 0)
-    identity = asked.answers("rewrite", config)
-    artifact = workspace.answers("rewrites", collection, config.llm, identity)
-    return rewritten_queries(collection, config, artifact, work=work, runtime=workspace.runtime)
+def _rewritten(system: SystemConfig, todo: Sequence[_Asking], *, work: Work) -> list[Rewritten]:
+    config = system.rewrite
+    if config is None or not todo:
+        return [Rewritten(one.collection.queries, 0) for one in todo]
+    workspace = todo[0].workspace
+    asked = []
+    for one in todo:
+        identity = one.answers("rewrite", config)
+        artifact = workspace.answers("rewrites", one.collection, config.llm, identity)
+        asked.append((one.collection, artifact))
+    return rewritten_queries(asked, config, work=work, runtime=workspace.runtime)
 
 
-def _make(asking: _Asking, asked: Asked, *, notes: dict[str, Any]) -> None:
-    """Searches, writes the run, and says how it was made."""
-    started, corpus = time.monotonic(), asked.corpus
-    run = retrieve(asking.system, asked)
-    if asking.system.rerank is not None:
-        reranked = _reranked(run, asking, asking.system.rerank, asked)
-        run = reranked.run
-        notes |= {"judged": reranked.num_judged, _JUDGMENTS: reranked.num_failed}
+@dataclass(frozen=True)
+class _Run:
+    """What was found, and what the provenance says of it."""
+
+    run: Run
+    notes: dict[str, Any]
+
+
+def _runs(system: SystemConfig, todo: Sequence[_Asking], asked: Sequence[Asked]) -> Iterator[_Run]:
+    """Runs by collection, searched for as they are asked for; to be reranked, all are first."""
+    searched = (_search(system, one, is_one=len(asked) == 1) for one in asked)
+    config = system.rerank
+    if config is None or not todo:
+        yield from searched
+        return
+    runs = list(searched)
+    found = [
+        _found(asking, config, one, before.run)
+        for asking, one, before in zip(todo, asked, runs, strict=True)
+    ]
+    work, runtime = asked[0].work, asked[0].workspace.runtime
+    for before, new in zip(runs, rerank(found, config, work=work, runtime=runtime), strict=True):
+        judged = {"judged": new.num_judged, _JUDGMENTS: new.num_failed}
+        yield _Run(new.run, before.notes | judged)
+
+
+def _search(system: SystemConfig, asked: Asked, *, is_one: bool) -> _Run:
+    if not is_one:
+        asked.work.reporter.say(f"search {asked.collection.name} ({system.name})")
+    started = time.monotonic()
+    run = retrieve(system, asked)
+    return _Run(run, {"seconds": round(time.monotonic() - started, 2)})
+
+
+def _found(asking: _Asking, config: RerankConfig, asked: Asked, run: Run) -> Found:
+    collection, workspace = asking.collection, asking.workspace
+    identity = asking.answers("annotate", config.annotate)
+    identity |= {"corpus.content": workspace.corpus_digest(collection)}
+    artifact = workspace.answers("judgments", collection, config.annotate.llm, identity)
+    corpus = asked.corpus
+    return Found(run, collection, config, artifact, corpus.artifact, corpus.copies)
+
+
+def _write(asking: _Asking, asked: Asked, run: Run, *, notes: dict[str, Any]) -> None:
+    """Writes the run, and says how it was made."""
+    corpus = asked.corpus
     if asking.ignores_length:
         notes["length"] = "the endpoint's own"
+    notes |= endpoint_notes(asking.system, asked)
     place = asking.place
     folder = Path(place.uri)
     place.reopen()
-    notes |= _write(run, folder, tag=asking.system.name)
+    notes |= write_both(run, folder / RUN_FILE, folder / TREC_FILE, tag=asking.system.name)
     write_excerpts(folder, asked.collection, run, texts=corpus.texts)
     stage = place.stage()
     assert stage is not None, "begun by `measure`"
@@ -257,41 +309,15 @@ def _make(asking: _Asking, asked: Asked, *, notes: dict[str, Any]) -> None:
         instruction=asked.instruction,
         system=asking.system.model_dump(mode="json"),
         identity=stage.identity,
-        seconds=round(time.monotonic() - started, 2),
         **notes,
     )
     place.finish(made)
 
 
-def _reranked(run: Run, asking: _Asking, config: RerankConfig, asked: Asked) -> Reranked:
-    collection, workspace = asked.collection, asked.workspace
-    identity = asking.answers("annotate", config.annotate)
-    identity |= {"corpus.content": workspace.corpus_digest(collection)}
-    return rerank(
-        run,
-        collection,
-        config,
-        workspace.answers("judgments", collection, config.annotate.llm, identity),
-        corpus=asked.corpus.artifact,
-        copies=asked.corpus.copies,
-        work=asked.work,
-        runtime=workspace.runtime,
-    )
-
-
-def _write(run: Run, folder: Path, *, tag: str) -> dict[str, str]:
-    write_run(run, folder / RUN_FILE, tag=tag)
-    try:
-        write_run(run, folder / TREC_FILE, tag=tag)
-    except EvaluationError as error:  # blanks in ids; the table holds the same run
-        return {"no_trec_file": str(error)}
-    return {}
-
-
 def _result(asked: _Asking) -> Result:
     """Takes the figures from the run, and writes them."""
     collection, folder, made = asked.collection, Path(asked.place.uri), asked.place.finished()
-    assert made is not None, "finished by `_make`"
+    assert made is not None, "finished by `_write`"
     run = read_run(folder / RUN_FILE)
     copies = asked.workspace.corpus(collection).copies
     result = Result(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 import pyarrow as pa
@@ -14,10 +15,11 @@ from reasonembed.config import AnnotateConfig, RerankConfig, RuntimeConfig
 from reasonembed.corpus import CorpusStore
 from reasonembed.evaluation.collection import Collection
 from reasonembed.evaluation.metrics import Run, best_first
-from reasonembed.llm.protocol import Engine, WithEngine
+from reasonembed.llm.protocol import Engine
 from reasonembed.remixer.annotate import Annotator, JudgedQuery, plan_pairs, query_blocks
 from reasonembed.schemas import Status
 from reasonembed.systems.local import Work
+from reasonembed.systems.together import Share, ask_together
 
 _Grades = Mapping[str, Mapping[str, float | None]]
 
@@ -54,72 +56,102 @@ class Reranked:
     num_failed: int
 
 
-def rerank(
-    run: Run,
-    collection: Collection,
-    config: RerankConfig,
-    artifact: Artifact,
-    *,
-    corpus: Artifact,
-    copies: Callable[[str], Sequence[str]],
-    work: Work,
-    runtime: RuntimeConfig,
-) -> Reranked:
-    """Judges the top of a run and reorders it.
+@dataclass(frozen=True)
+class Found:
+    """A run whose top is to be judged.
 
-    The original query is judged, whatever was searched for, and of documents of equal text one.
-
-    Args:
+    Attributes:
         run: Of the retriever.
         collection: Queries and their task.
         config: How many are judged, by what, and how much that weighs.
         artifact: Of the judgments.
         corpus: Holds the documents.
         copies: Documents of equal text, always in one order; the first of them is judged.
+    """
+
+    run: Run
+    collection: Collection
+    config: RerankConfig
+    artifact: Artifact
+    corpus: Artifact
+    copies: Callable[[str], Sequence[str]]
+
+    @cached_property
+    def stands_for(self) -> dict[str, str]:
+        """The document that is judged for each that was found."""
+        found = {doc_id for scores in self.run.values() for doc_id in scores}
+        return {doc_id: self.copies(doc_id)[0] for doc_id in found}
+
+    @cached_property
+    def pairs(self) -> pa.Table:
+        """What is judged."""
+        top, first = self.config.top, self.stands_for
+        rows = [
+            {
+                "query_id": query_id,
+                "doc_ids": list(dict.fromkeys(first[one] for one in best_first(scores)[:top])),
+            }
+            for query_id, scores in self.run.items()
+        ]
+        schema = pa.schema([("query_id", pa.string()), ("doc_ids", pa.list_(pa.string()))])
+        return plan_pairs(pa.Table.from_pylist(rows, schema=schema), limit=top)
+
+    def share(self) -> Share:
+        """What the annotator is asked."""
+        task, texts = self.collection.task, self.collection.queries
+        queries = {id_: JudgedQuery(text, task) for id_, text in texts.items()}
+        make = _Make(self.config.annotate, self.corpus, queries, tasks.get(task))
+        return Share(self.pairs, self.artifact, make)
+
+    def reranked(self) -> Reranked:
+        """The run in the order of the judgments.
+
+        Raises:
+            QualityError: More of them failed than `annotate.max_failed_share` allows.
+        """
+        check_share(self.artifact, self.config.annotate.max_failed_share)
+        graded, first = _grades(self.artifact), self.stands_for
+        columns = (self.pairs.column(name).to_pylist() for name in ("query_id", "doc_id"))
+        asked = set(zip(*columns, strict=True))
+        grades = {
+            query_id: {
+                doc_id: graded.get((query_id, first[doc_id]))
+                for doc_id in scores
+                if (query_id, first[doc_id]) in asked
+            }
+            for query_id, scores in self.run.items()
+        }
+        run = reorder(self.run, grades, top=self.config.top, weight=self.config.weight)
+        return Reranked(run, self.pairs.num_rows, len(asked - graded.keys()))
+
+
+def rerank(
+    found: Sequence[Found], config: RerankConfig, *, work: Work, runtime: RuntimeConfig
+) -> Iterator[Reranked]:
+    """Judges the top of all runs, then reorders one after the other.
+
+    The original query is judged, whatever was searched for, and of documents of equal text one.
+
+    Args:
+        found: Runs of the retriever, by collection.
+        config: Of all of them.
         work: Who judges.
         runtime: How.
 
     Raises:
-        QualityError: More judgments failed than `annotate.max_failed_share` allows.
+        QualityError: See `Found.reranked`.
     """
-    found = {doc_id for scores in run.values() for doc_id in scores}
-    stands_for = {doc_id: copies(doc_id)[0] for doc_id in found}
-    rows = [
-        {
-            "query_id": query_id,
-            "doc_ids": list(
-                dict.fromkeys(stands_for[one] for one in best_first(scores)[: config.top])
-            ),
-        }
-        for query_id, scores in run.items()
-    ]
-    schema = pa.schema([("query_id", pa.string()), ("doc_ids", pa.list_(pa.string()))])
-    pairs = plan_pairs(pa.Table.from_pylist(rows, schema=schema), limit=config.top)
-    queries = {id_: JudgedQuery(text, collection.task) for id_, text in collection.queries.items()}
-    make = _Make(config.annotate, corpus, queries, tasks.get(collection.task))
-    work.compute(
-        pairs,
-        artifact,
-        WithEngine(config.annotate.llm, runtime.engine, runtime.cache_dir, make),
-        runtime.annotate,
-        label=f"judge the top {config.top} of {collection.name}",
-        overlap=runtime.annotate.overlap,
+    ask_together(
+        [one.share() for one in found],
+        config.annotate.llm,
+        pool=runtime.annotate,
+        runtime=runtime,
+        work=work,
+        label=f"judge the top {config.top}",
         cut=query_blocks,
     )
-    check_share(artifact, config.annotate.max_failed_share)
-    graded = _grades(artifact)
-    columns = (pairs.column(name).to_pylist() for name in ("query_id", "doc_id"))
-    asked = set(zip(*columns, strict=True))
-    grades = {
-        query_id: {
-            doc_id: graded.get((query_id, stands_for[doc_id]))
-            for doc_id in scores
-            if (query_id, stands_for[doc_id]) in asked
-        }
-        for query_id, scores in run.items()
-    }
-    reordered = reorder(run, grades, top=config.top, weight=config.weight)
-    return Reranked(reordered, pairs.num_rows, len(asked - graded.keys()))
+    for one in found:
+        yield one.reranked()
 
 
 def _grades(artifact: Artifact) -> dict[tuple[str, str], float]:

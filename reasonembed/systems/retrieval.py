@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,6 +20,7 @@ from reasonembed.config import (
     RunRetriever,
     SystemConfig,
 )
+from reasonembed.embedder.endpoint import addresses_of
 from reasonembed.embedder.vectors import Encoder, encoder_identity
 from reasonembed.errors import EvaluationError
 from reasonembed.evaluation.collection import Collection
@@ -80,7 +82,7 @@ def retrieve(system: SystemConfig, asked: Asked) -> Run:
     """What a system's retriever finds, before any reranking; after `embed`.
 
     Raises:
-        EvaluationError: A run file does not fit the collection.
+        EvaluationError: A run file does not fit the collection, or no document holds a word.
     """
     runs = {name: _search(part, asked) for name, part in parts_of(system).items()}
     if not isinstance(system.retrieve, HybridRetriever):
@@ -112,9 +114,13 @@ def _search(retriever: Retriever, asked: Asked) -> Run:
 
 def _bm25(config: BM25Retriever, asked: Asked) -> Run:
     doc_ids, texts = asked.corpus.everything()
+    try:
+        index = BM25Index(texts, variant=config.variant, k1=config.k1, b=config.b)
+    except ValueError as error:
+        raise EvaluationError(f"{asked.collection.name}: {error}; is its corpus whole?") from error
     return bm25_run(
         asked.queries,
-        BM25Index(texts, variant=config.variant, k1=config.k1, b=config.b),
+        index,
         doc_ids=doc_ids,
         excluded=asked.protocol.masked(asked.collection),
         k=asked.protocol.depth,
@@ -181,10 +187,36 @@ def _embed(name: str, encoder: Encoder, asked: Sequence[Asked]) -> None:
     work.compute(
         planned_texts(corpora, query_texts(texts)),
         artifact,
-        OpenEmbedder(encoder, address, runtime, artifact.schema),
+        OpenEmbedder(encoder, address, runtime, artifact),
         runtime.embed,
         label=f"embed ({name})",
     )
+
+
+def endpoint_notes(system: SystemConfig, asked: Asked) -> dict[str, Any]:
+    """For the provenance: which servers gave vectors, and how many texts they took in part.
+
+    Returns:
+        `endpoints`, addresses by the part's name, and `texts_cut`; nothing without an endpoint.
+    """
+    addresses, num_cut = {}, 0
+    for name, part in parts_of(system).items():
+        if isinstance(part, EndpointRetriever):
+            artifact = _vectors(part, asked.workspace)
+            addresses[name] = addresses_of(Path(artifact.uri))
+            cut = {
+                one
+                for _, _, rows in artifact.row_groups(columns=["id", "is_cut"])
+                for one in rows.filter(rows.column("is_cut")).column("id").to_pylist()
+            }
+            documents = asked.corpus.documents.table.column("text_id").to_pylist()
+            num_cut += len(cut.intersection([*documents, *_query_texts(asked)]))
+    return {"endpoints": addresses, "texts_cut": num_cut} if addresses else {}
+
+
+def _query_texts(asked: Asked) -> list[str]:
+    """Ids of the queries' texts."""
+    return [text_id(text, instruction=asked.instruction) for text in asked.queries.values()]
 
 
 def _vectors(encoder: Encoder, workspace: Workspace) -> Artifact:
@@ -196,13 +228,11 @@ def _dense(encoder: Encoder, asked: Asked) -> Run:
     """Searches part by part what `embed` embedded."""
     artifact = _vectors(encoder, asked.workspace)
     located = locate(artifact)
-    query_ids = list(asked.queries)
-    ids = [text_id(asked.queries[one], instruction=asked.instruction) for one in query_ids]
-    places = places_for(pa.array(ids, pa.string()), located, name=artifact.name)
+    places = places_for(pa.array(_query_texts(asked), pa.string()), located, name=artifact.name)
     return dense_run(
         read_vectors(artifact, places),
         _shards(artifact, located, asked),
-        query_ids=query_ids,
+        query_ids=list(asked.queries),
         excluded=asked.protocol.masked(asked.collection),
         k=asked.protocol.depth,
     )

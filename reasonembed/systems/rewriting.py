@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -11,10 +11,11 @@ from reasonembed import tasks
 from reasonembed.artifacts import Artifact, Mapper, check_share
 from reasonembed.config import RewriteConfig, RuntimeConfig
 from reasonembed.evaluation.collection import Collection
-from reasonembed.llm.protocol import Engine, WithEngine
+from reasonembed.llm.protocol import Engine
 from reasonembed.remixer.rewrite import Rewriter
 from reasonembed.schemas import Status
 from reasonembed.systems.local import Work
+from reasonembed.systems.together import Share, ask_together
 
 
 @dataclass(frozen=True)
@@ -40,31 +41,44 @@ class Rewritten:
 
 
 def rewritten_queries(
-    collection: Collection,
+    asked: Sequence[tuple[Collection, Artifact]],
     config: RewriteConfig,
-    artifact: Artifact,
     *,
     work: Work,
     runtime: RuntimeConfig,
-) -> Rewritten:
-    """Rewrites what `artifact` lacks and reads all of it.
+) -> list[Rewritten]:
+    """Rewrites what the artifacts lack and reads all of them.
+
+    Args:
+        asked: Collections, each with where its queries' rewrites lie.
+        config: How they are rewritten.
+        work: Who rewrites.
+        runtime: How.
 
     Raises:
-        QualityError: More queries failed than `max_failed_share` allows.
+        QualityError: More queries of a collection failed than `max_failed_share` allows.
     """
+    ask_together(
+        [_share(collection, artifact, config) for collection, artifact in asked],
+        config.llm,
+        pool=runtime.rewrite,
+        runtime=runtime,
+        work=work,
+        label="rewrite queries",
+    )
+    return [_read(collection, artifact, config) for collection, artifact in asked]
+
+
+def _share(collection: Collection, artifact: Artifact, config: RewriteConfig) -> Share:
     rows = [
         {"query_id": query_id, "query": text, "task": collection.task}
         for query_id, text in collection.queries.items()
     ]
     make = _Make(config, tasks.get(collection.task))
-    work.compute(
-        pa.Table.from_pylist(rows),
-        artifact,
-        WithEngine(config.llm, runtime.engine, runtime.cache_dir, make),
-        runtime.rewrite,
-        label=f"rewrite the queries of {collection.name}",
-        overlap=runtime.rewrite.overlap,
-    )
+    return Share(pa.Table.from_pylist(rows), artifact, make)
+
+
+def _read(collection: Collection, artifact: Artifact, config: RewriteConfig) -> Rewritten:
     check_share(artifact, config.max_failed_share)
     found = {
         row["query_id"]: row["rewritten_query"]

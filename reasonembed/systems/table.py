@@ -114,6 +114,7 @@ def _notes(by_system: dict[str, list[Result]]) -> list[str]:
         for field, what in (
             ("rewrites_failed", "queries could not be rewritten and stayed as they were"),
             ("judgments_failed", "pairs could not be judged and count as the mean"),
+            ("texts_cut", "texts were too long for the endpoint and were cut"),
         ):
             failed = sum(result.provenance.get(field, 0) for result in results)
             said += [f"{failed:,} {what}"] if failed else []

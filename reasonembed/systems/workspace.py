@@ -25,11 +25,14 @@ from reasonembed.corpus import PYTHON_STDLIB, CorpusStore, read_corpus
 from reasonembed.embedder.vectors import Encoder, vectors_artifact
 from reasonembed.errors import ConfigError
 from reasonembed.evaluation.collection import Collection
-from reasonembed.evaluation.results import corpus_fingerprint, result_dir
+from reasonembed.evaluation.excerpts import EXCERPTS_FILE
+from reasonembed.evaluation.results import RESULT_FILE, corpus_fingerprint, result_dir
 from reasonembed.remixer.mine import Documents, read_documents, texts_at
 from reasonembed.run import source_digest
 from reasonembed.schemas import ARTIFACTS, stable_hash
 from reasonembed.systems.encoding import dimension_of
+
+RUN_FILE, TREC_FILE = "run.parquet", "run.trec.gz"
 
 
 class SearchedCorpus:
@@ -96,8 +99,12 @@ class ResultDirectory(StageDirectory):
         return self.finished() is None
 
     def reopen(self) -> None:
-        """Marks it as not done, before what lies there is replaced."""
-        Path(self.uri, "_done.json").unlink(missing_ok=True)
+        """Marks it as not done and takes away what lies there, before it is made anew.
+
+        Readers look for files, and would take those of the former result for the new one's.
+        """
+        for name in ("_done.json", RESULT_FILE, EXCERPTS_FILE, TREC_FILE, RUN_FILE):
+            Path(self.uri, name).unlink(missing_ok=True)
 
 
 class Workspace:

@@ -52,6 +52,17 @@ def test_beir_folder(tmp_path: Path):
     assert collection.instruction.startswith("Given a Biology post")
 
 
+@pytest.mark.parametrize("name", ["queries.tsv", "queries.jsonl"])
+def test_queries_and_judgments_of_a_folder_may_be_packed(tmp_path: Path, name: str):
+    rows = {"tsv": "q1\twhy\n", "jsonl": '{"_id": "q1", "text": "why"}\n'}
+    packed = {f"{name}.gz": rows[name.split(".")[1]], "qrels/test.tsv.gz": "q1\td1\t1\n"}
+    for file, text in packed.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(gzip.compress(text.encode()))
+    found = load_collection(str(tmp_path))
+    assert (found.queries, found.qrels) == ({"q1": "why"}, {"q1": {"d1": 1}})
+
+
 def test_a_folder_without_corpus_says_so(tmp_path: Path):
     assert load_collection(str(write_beir(tmp_path))).corpus_source is None
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,15 +12,15 @@ from reasonembed.evaluate_cli import app
 from reasonembed.evaluation.leaderboard import (
     SHORT,
     benchmark_tasks,
-    leaderboard,
     leaderboard_lines,
     published,
 )
+from reasonembed.evaluation.leaderboard import leaderboard as board_of
 from reasonembed.evaluation.protocols import PROTOCOLS
 from reasonembed.evaluation.results import result_dir, write_result
 from reasonembed.systems.catalogue import system_names
 from reasonembed.tasks import BRIGHT, R2MED
-from tests.evaluation.results_of import result_of
+from tests.evaluation.results_of import DATA, result_of
 
 # Whose printed average is not the mean of their printed values; the sources have them so.
 KNOWN = {
@@ -84,6 +85,11 @@ def ours(tasks, *, system="bm25", protocol="bright", value=0.2, seed=None):
     ]
 
 
+def leaderboard(results, *, benchmark):
+    found = [(Path(f"place-{number}", "result.json"), one) for number, one in enumerate(results)]
+    return board_of(found, benchmark=benchmark)
+
+
 def own_row(results, **options):
     (row,) = [row for row in leaderboard(results, benchmark="bright").rows if row.is_ours]
     return row
@@ -115,6 +121,32 @@ def test_seeds_are_one_row():
     row = own_row(results)
     assert row.name == "bm25 (2 seeds)"
     assert row.average == pytest.approx(30)
+
+
+def test_a_copy_of_a_result_is_no_seed():
+    twice = ours(BRIGHT, value=0.2) + ours(["pony"], value=0.4)
+    places = f"place-{BRIGHT.index('pony')} and place-{len(BRIGHT)}"
+    with pytest.raises(EvaluationError, match=f"two results on bright/pony .*, None: {places};"):
+        own_row(twice)
+
+
+def test_rows_whose_seeds_differ_from_task_to_task_have_no_mean():
+    seeds = ours(BRIGHT, seed=1) + ours(["pony"], seed=2)
+    with pytest.raises(
+        EvaluationError, match=r"seeds \['1'\] on .* and \['1', '2'\] on bright/pony"
+    ):
+        own_row(seeds)
+
+
+def test_figures_on_other_data_stand_in_no_common_table():
+    other = result_of([0.2], system="dense", data=DATA | {"revision": "2024"})
+    with pytest.raises(
+        EvaluationError, match=r"revision is 'current' for bm25 and '2024' for dense"
+    ):
+        leaderboard([*ours(["pony"]), other], benchmark="bright")
+    apart = result_of([0.2], protocol="run", data=DATA | {"corpus": "documents-2"})
+    board = leaderboard([*ours(["pony"]), apart], benchmark="bright")
+    assert [row.protocol for row in board.rows if row.is_ours] == ["bright", "run"]
 
 
 def test_published_rows_come_by_average_and_ours_after_them():

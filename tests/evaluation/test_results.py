@@ -16,7 +16,7 @@ from reasonembed.evaluation.results import (
     FORMAT,
     RESULT_FILE,
     corpus_fingerprint,
-    find_results,
+    find_result_files,
     provenance,
     read_result,
     result_dir,
@@ -138,9 +138,9 @@ def test_results_are_found_in_order(tmp_path):
     ]
     for one in reversed(given):
         write_result(one, place(tmp_path, one.system, one.collection, seed=one.seed))
-    assert find_results(tmp_path) == given
+    assert [result for _, result in find_result_files(tmp_path)] == given
     with pytest.raises(EvaluationError, match="no folder"):
-        find_results(tmp_path / "nowhere")
+        find_result_files(tmp_path / "nowhere")
 
 
 def store(*texts):

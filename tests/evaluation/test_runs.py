@@ -15,6 +15,7 @@ from reasonembed.evaluation.runs import (
     read_run,
     to_table,
     without_excluded,
+    write_both,
     write_run,
     write_trec,
 )
@@ -65,6 +66,7 @@ def test_white_space_in_ids_is_refused(tmp_path: Path, query_id: str, doc_id: st
     [
         ("q Q0 my doc 1 1.0 t\n", "line 1: expected"),
         ("q Q0 d 1 1.0\n", "line 1: expected"),
+        ("q Q0 page 3 1 0.5 t\n", "line 1: expected .*; ids with blanks need tabs"),
         ("q Q0 d 1 high t\n", "line 1: expected"),
         ("q Q0 d 1 1.0 t\nq Q0 e 2 nan t\n", "line 2: expected"),
         ("q Q0 d 1 1.0 t\n\nq Q0 d 2 0.5 t\n", "line 3: document 'd' stands twice"),
@@ -112,10 +114,22 @@ def test_packed_files_are_equal_for_equal_runs(tmp_path: Path):
     assert (tmp_path / "one.trec.gz").read_bytes() == (tmp_path / "two.trec.gz").read_bytes()
 
 
-def test_tabs_let_ids_hold_blanks_and_junk_after_the_tag_is_ignored(tmp_path: Path):
+def test_tabs_let_ids_hold_blanks(tmp_path: Path):
     file = tmp_path / "results.test"
-    file.write_text("# made by hand\nq 1\tQ0\td 1\t1\t  2.5\tt\r\nq2 Q0 d 1 2 t and more\n")
+    file.write_text("# made by hand\nq 1\tQ0\td 1\t1\t  2.5\tt\r\nq2 Q0 d 1 2 t\n")
     assert read_run(file) == {"q 1": {"d 1": 2.5}, "q2": {"d": 2.0}}
+
+
+def test_a_run_whose_ids_no_trec_file_can_hold_is_kept_as_a_table(tmp_path: Path, caplog):
+    table, trec = tmp_path / "run.parquet", tmp_path / "run.trec"
+    assert write_both({"q": {"d": 1.0}}, table, trec, tag="t") == {}
+    assert read_run(trec) == read_run(table) == {"q": {"d": 1.0}}
+    trec.unlink()
+    named = {"q": {"A title": 1.0}}
+    notes = write_both(named, table, trec, tag="t")
+    assert "'A title' cannot stand in a TREC run file" in notes["no_trec_file"]
+    assert read_run(table) == named and not trec.exists()
+    assert "run.trec is not written" in caplog.text
 
 
 def test_numpy_and_integer_scores_are_written_as_numbers(tmp_path: Path):

@@ -111,6 +111,21 @@ def test_excluded_gold_is_refused_by_name(files, tmp_path):
         score_files(Path(files[0]), Path(files[1]), excluded=tmp_path / "excluded.txt")
 
 
+def test_exclusions_of_queries_that_are_nowhere_are_refused(files, tmp_path):
+    (tmp_path / "excluded.txt").write_text("q1 a\nQ3 z\nQ9 z\n")
+    message = r"2 of its 3 query ids are neither in .*qrels\.txt nor in .*, such as \['Q3', 'Q9'\]"
+    with pytest.raises(EvaluationError, match=message):
+        score_files(Path(files[0]), Path(files[1]), excluded=tmp_path / "excluded.txt")
+
+
+def test_a_mark_of_windows_before_a_file_is_no_part_of_an_id(files, tmp_path):
+    plain = score_files(Path(files[0]), Path(files[1]), excluded=tmp_path / "excluded.txt")
+    marked = [*map(Path, files), tmp_path / "excluded.txt"]
+    for file in marked:
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert score_files(marked[0], marked[1], excluded=marked[2]) == plain
+
+
 def test_a_query_id_with_a_tab_is_not_written_between_tabs(tmp_path):
     with pytest.raises(EvaluationError, match=r"name the file \.json"):
         write_per_query({"q\t1": {"p@1": 0.0}}, tmp_path / "x.tsv")

@@ -86,6 +86,13 @@ def test_what_cannot_be_compared_costs_the_page_nothing(results):
     assert "They cannot be compared: bright/robotics" in text and "asked q2" in text
 
 
+def test_a_copy_of_a_result_makes_no_row(results, tmp_path):
+    shutil.copytree(results / "bright", results / "backup" / "bright")
+    text = page_of(results).text.split("Leaderboard")[2].split("Differences")[0]
+    assert "They make no table: bm25 has two results on bright/biology" in text
+    assert "backup/bright" in text and "(ours)" not in text
+
+
 def test_a_query_shows_systems_side_by_side(results):
     text = page_of(results).text.split("Queries", 3)[-1]
     q1 = text.split("q1 bright/biology (bright)")[1].split("bright/robotics (bright)")[0]
@@ -144,11 +151,12 @@ def exported(whole, tmp_path):
     write_result(own, whole.run.dir / "evaluate" / "after")
     whole.run.save_config()
 
-    def make(given):
+    def make(given, weights="w-trained"):
         encoder = {"model": str(whole.run.dir / "export" / "model")}
         system = {"retrieve": {"kind": "dense", "encoder": encoder}}
         run = {id_: {"d0": 2.0, "d5": 1.0} for id_ in given.queries}
-        write(folder, "mine", run, given, system=system)
+        identity = {"retrieve.mine.weights": weights}
+        write(folder, "mine", run, given, system=system, identity=identity)
         write(folder, "bm25", run | {"e0": {}}, given)
         return page_of(folder).text
 
@@ -170,6 +178,11 @@ def test_on_another_collection_they_are_not_shown(whole, exported):
     queries = dict(whole.run.collection.queries) | {"e0": "another question"}
     text = exported(replace(whole.run.collection, queries=queries))
     assert "another question" in text and "Closest training samples" not in text
+
+
+def test_of_a_run_that_was_trained_again_since_they_are_not_shown(whole, exported):
+    text = exported(whole.run.collection, weights="w-trained-before")
+    assert "asked 0" in text and "Closest training samples" not in text
 
 
 def test_samples_that_cannot_be_read_are_said_to_be(whole, exported, tmp_path):

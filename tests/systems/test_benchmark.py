@@ -20,6 +20,8 @@ from reasonembed.progress import Reporter
 from reasonembed.systems.benchmark import measure_here, placed
 from reasonembed.systems.catalogue import load_system
 from reasonembed.systems.table import table_lines
+from tests.embedder.test_endpoint import embeddings
+from tests.llm.chat_server import serving
 from tests.ray.tiny_run import write_corpus
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "benchmark").glob("*.yaml"))
@@ -66,6 +68,32 @@ def test_a_mistake_shows_before_anything_is_made(tmp_path, data):
         with pytest.raises((ConfigError, EvaluationError), match=message):
             lines_of(benchmark(tmp_path, data, **wrong))
     assert not (tmp_path / "results").exists()
+
+
+def test_a_missing_run_file_shows_before_anything_is_made(tmp_path, data):
+    file = tmp_path / "file.yaml"
+    path = str(tmp_path / "{task}.trec")
+    file.write_text(yaml.safe_dump({"name": "file", "retrieve": {"kind": "run", "path": path}}))
+    with pytest.raises(EvaluationError, match=r"file: there is no run file .*data\.trec"):
+        lines_of(benchmark(tmp_path, data, systems=["bm25", str(file)]))
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_address_is_asked_for_where_something_is_to_be_embedded(tmp_path, data):
+    file = tmp_path / "far.yaml"
+    far = {"kind": "endpoint", "model": "m", "dimension": 3, "query_template": "{query}"}
+    file.write_text(yaml.safe_dump({"name": "far", "retrieve": far}))
+
+    def vectors(body):
+        return embeddings(*([len(text), 1, 2] for text in body["input"]))
+
+    config = benchmark(tmp_path, data, systems=[str(file)])
+    with pytest.raises(ConfigError, match=r"runtime\.endpoints\.far"):
+        lines_of(config)
+    with serving(vectors) as server:
+        runtime = {"endpoints": {"far": server.url}}
+        first = lines_of(benchmark(tmp_path, data, systems=[str(file)], runtime=runtime))
+    assert lines_of(config) == first
 
 
 def test_a_missing_model_shows_before_anything_is_made(tmp_path, data):

@@ -1,4 +1,7 @@
+import sys
+import weakref
 from io import StringIO
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -45,6 +48,30 @@ def artifact(tmp_path):
     made = Artifact(tmp_path / "rows", schema=SCHEMA, key=("id",), name="rows")
     made.begin({})
     return made
+
+
+def test_memory_that_torch_keeps_is_given_back_once_a_model_is_gone(artifact, monkeypatch):
+    alive, seen = [], []
+
+    class Model:
+        pass
+
+    class Loading(Make):
+        def load(self):
+            model = Model()
+            model.itself = model  # as modules and their hooks, which only the collector frees
+            alive.append(weakref.ref(model))
+            return model
+
+    cuda = SimpleNamespace(is_initialized=lambda: True, empty_cache=lambda: seen.append(alive[0]()))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    here = work()
+    compute(here, artifact, Loading("a"), ids="a")
+    compute(here, artifact, Make("b"), ids="b")
+    assert seen == [None]
+    monkeypatch.delitem(sys.modules, "torch")
+    here.close()
+    assert "torch" not in sys.modules
 
 
 def compute(work, artifact, make, ids="abcdefg"):

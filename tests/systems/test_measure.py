@@ -17,7 +17,14 @@ from reasonembed.config import RunRetriever, RuntimeConfig, SystemConfig
 from reasonembed.corpus import CorpusStore
 from reasonembed.embedder.encode import Embedder
 from reasonembed.embedder.vectors import ENCODING_VERSION
-from reasonembed.errors import ConfigError, CorpusError, DriftError, EvaluationError, QualityError
+from reasonembed.errors import (
+    ConfigError,
+    CorpusError,
+    DriftError,
+    EvaluationError,
+    ModelError,
+    QualityError,
+)
 from reasonembed.evaluation import protocols
 from reasonembed.evaluation.datasets import load_collection
 from reasonembed.evaluation.results import read_result
@@ -32,7 +39,9 @@ from reasonembed.systems.measure import measure
 from reasonembed.systems.retrieval import run_file
 from reasonembed.systems.table import table_lines
 from reasonembed.systems.workspace import Workspace
+from tests.embedder.test_endpoint import embeddings
 from tests.embedder.tiny import encoder_config, save_checkpoint
+from tests.llm.chat_server import Reply, serving
 from tests.ray.tiny_run import write_corpus
 
 SINGLE = 1e-5  # runs are kept in single precision, which the sums are taken from
@@ -242,25 +251,28 @@ def test_one_model_is_loaded_for_several_collections(checkpoint, data, workspace
     monkeypatch.setattr(work, "compute", lambda *a, **k: computed.append(k) or compute(*a, **k))
     other = write_corpus(data.with_name("more"), documents=56)
     collections = [load_collection(str(folder)) for folder in (data, other)]
+    rerank = {"annotate": {"llm": SCRIPTED}, "top": 3}
+    system = dense(checkpoint, rewrite={"llm": SCRIPTED}, rerank=rerank)
     results = measure(
-        dense(checkpoint, rewrite={"llm": SCRIPTED}),
+        system,
         collections,
         protocols.get("bright"),
         workspace=workspace,
         work=work,
     )
     assert [result.collection for result in results] == ["data", "more"]
-    assert (len(engines), len(loads)) == (1, 1)
+    assert (len(engines), len(loads)) == (2, 1)  # one thing is loaded at a time
     assert [one["label"] for one in computed] == [
-        "rewrite the queries of data",
-        "rewrite the queries of more",
+        "rewrite queries",
         "embed (tiny)",
+        "judge the top 3",
     ]
     # As when each is measured alone.
     alone = Workspace(workspace.results.with_name("alone"), runtime=workspace.runtime)
     for folder, result in zip((data, other), results, strict=True):
-        found = run_of(dense(checkpoint, rewrite={"llm": SCRIPTED}), folder, alone)
+        found = run_of(system, folder, alone)
         assert found.metrics == result.metrics
+        assert found.provenance["judged"] == result.provenance["judged"]
 
 
 def test_a_corpus_that_changed_is_refused(checkpoint, data, workspace):
@@ -511,6 +523,37 @@ def test_what_a_kill_left_is_no_result(checkpoint, data, workspace, monkeypatch)
     assert result.provenance["identity"]["retrieve.words.k1"] == 2.0
 
 
+def test_what_stood_there_before_a_kill_is_no_result_either(data, workspace, monkeypatch):
+    failing(data, 2)
+    system = bm25(rewrite={"llm": SCRIPTED})
+    run_of(system, data, workspace)
+    folder = workspace.results / "bright" / "data" / "words"
+    left = {"result.json", "run.parquet", "run.trec.gz", "excerpts.jsonl.gz", "_done.json"}
+    assert {file.name for file in folder.iterdir()} == left | {"_stage.json"}
+    monkeypatch.setattr("reasonembed.llm.scripted.FAIL_ERROR", "no such mark")
+    monkeypatch.setattr("reasonembed.systems.measure.write_both", stop)
+    with pytest.raises(Stopped):
+        run_of(system, data, workspace, work=quiet_work(retry=frozenset({"error"})))
+    assert [file.name for file in folder.iterdir()] == ["_stage.json"]
+
+
+def test_collections_that_are_done_are_kept_where_another_fails(data, workspace):
+    empty = write_corpus(data.with_name("empty"))
+    rows = [json.loads(line) for line in (empty / "corpus.jsonl").read_text().splitlines()]
+    rows = [row | {"title": "", "text": "..."} for row in rows]
+    (empty / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collections = [load_collection(str(folder)) for folder in (data, empty)]
+    with pytest.raises(EvaluationError, match="empty: none of the 54 documents holds a word"):
+        measure(
+            bm25(),
+            collections,
+            protocols.get("bright"),
+            workspace=workspace,
+            work=quiet_work(),
+        )
+    assert read_result(workspace.results / "bright" / "data" / "words").system == "words"
+
+
 def stop(*_, **__):
     raise Stopped
 
@@ -600,6 +643,60 @@ def test_an_endpoints_own_length_is_said_with_the_result(data, workspace, tmp_pa
     assert "length" not in free.provenance
     assert any("far: " in line and "endpoint" in line for line in lines_of(limited))
     assert not any("far: " in line and "endpoint" in line for line in lines_of(free))
+
+
+def far_system(name="far"):
+    endpoint = {"kind": "endpoint", "model": "m", "dimension": 3, "query_template": "{query}"}
+    return SystemConfig.model_validate({"name": name, "retrieve": endpoint})
+
+
+def answering(*shape, most=10**6):
+    """A server whose vectors are the length of a text, and what is given."""
+
+    def answer(body):
+        if max(map(len, body["input"])) > most:
+            return Reply({"error": {"message": "too many tokens"}}, status=400)
+        return embeddings(*([len(text), *shape] for text in body["input"]))
+
+    return serving(answer)
+
+
+def far(workspace, server, name="far"):
+    return Workspace(workspace.results, runtime=small_blocks(endpoints={name: server.url}))
+
+
+def test_a_result_says_which_server_and_how_many_texts_it_cut(data, workspace):
+    with (data / "corpus.jsonl").open("a") as lines:
+        for number in range(2):
+            row = {"_id": f"long{number}", "title": "", "text": f"{number} " * 1_000}
+            lines.write(json.dumps(row) + "\n")
+    with answering(1, 2, most=1_500) as server:
+        result = run_of(far_system(), data, far(workspace, server))
+        num_asked = len(server.requests)
+        again = run_of(far_system("again"), data, far(workspace, server, "again"))
+    for one, name in ((result, "far"), (again, "again")):
+        assert one.provenance["endpoints"] == {name: [server.url]}
+        assert one.provenance["texts_cut"] == 2
+    assert any("2 texts were too long for the endpoint" in line for line in lines_of(result))
+    assert len(server.requests) == num_asked
+
+
+def test_another_model_behind_an_address_is_refused(data, workspace):
+    with answering(1, 2) as first:
+        run_of(far_system(), data, far(workspace, first))
+    with (data / "queries.jsonl").open("a") as lines:
+        lines.write(json.dumps({"_id": "new", "text": "a question of its own"}) + "\n")
+    with (data / "qrels" / "test.tsv").open("a") as lines:
+        lines.write("new\td001\t1\n")
+    more = data.rename(data.with_name("more"))
+    with (
+        answering(-50, 2) as other,
+        pytest.raises(ModelError, match=f"{other.url} is not the model .* made by {first.url}"),
+    ):
+        run_of(far_system(), more, far(workspace, other))
+    with answering(1, 2.1) as same:
+        result = run_of(far_system(), more, far(workspace, same))
+    assert result.provenance["endpoints"] == {"far": [first.url, same.url]}
 
 
 def lines_of(result):
