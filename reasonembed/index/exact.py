@@ -16,7 +16,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from threading import Lock
 from typing import Protocol
 
@@ -34,6 +34,8 @@ NO_DOCUMENT = -1  # position that fills a row with fewer than k results; its sco
 QUERY_BLOCK = 1_024
 DOCUMENT_BLOCK = 4_096
 _MIN_QUERY_BLOCK = 64  # below, a product shared by all cores is faster than one a core
+_PRODUCTS_OF_FEW = 2**16  # of a block where queries are few: one query takes larger blocks
+_FEW_QUERIES = 32  # below, a product is twice as fast with the documents on the left
 _ALL_CORES = Lock()  # the limit of threads is the whole process's: two searches must not set it
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _RESCORE_NUMBERS = 2**17  # gathered at a time as float64: 1 MiB, so that they stay in the cache
@@ -83,10 +85,11 @@ def search(
     documents_ND: Vectors,
     *,
     k: int,
-    excluded: Sequence[Collection[int]] | None = None,
+    excluded: Sequence[Collection[int] | Positions] | None = None,
     query_block: int = QUERY_BLOCK,
-    document_block: int = DOCUMENT_BLOCK,
+    document_block: int | None = None,
     accelerator: Filter | None = None,
+    longest: float | None = None,
 ) -> tuple[Scores, Positions]:
     """The k documents of largest inner product for every query.
 
@@ -100,8 +103,12 @@ def search(
         k: Results a query, at least 1.
         excluded: For each query the positions in 0..N-1 that it must not return; None for none.
         query_block: Queries a matrix product; no effect on the result.
-        document_block: Documents a matrix product; no effect on the result.
+        document_block: Documents a matrix product; default by the number of queries; no effect on
+            the result.
         accelerator: Filters instead of the CPU, see `index.accelerator`; no effect on the result.
+        longest: `longest_norm` of the documents or more, where it is known: they are then read
+            once, where they would be read twice, and are not checked again. No effect on the
+            result.
 
     Returns:
         scores_QK float32 and positions_QK int64, K = min(k, N). A query with fewer than K documents
@@ -116,8 +123,10 @@ def search(
     positions_QK = np.full((len(queries_QD), num_results), NO_DOCUMENT, dtype=np.int64)
     if num_results == 0:
         return scores_QK, positions_QK
-    margin_Q = _rounding_margin(queries_QD, documents_ND)
-    pairs = accelerator or partial(_filter, document_block=document_block)
+    longest = longest_norm(documents_ND) if longest is None else longest
+    margin_Q = _rounding_margin(queries_QD, longest)
+    block = document_block or _document_block(len(queries_QD))
+    pairs = accelerator or partial(_filter, document_block=block)
 
     def one_block(start: int) -> None:
         block = slice(start, start + query_block)
@@ -174,8 +183,12 @@ def merge_topk(shards: Sequence[tuple[Scores, Positions]], *, k: int) -> tuple[S
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
+@cache
 def _cores() -> int:
-    """Threads that a matrix product may take, as `OMP_NUM_THREADS` and the like say."""
+    """Threads that a matrix product may take, as `OMP_NUM_THREADS` and the like say.
+
+    Asked once: going through the process's libraries takes longer than a small search.
+    """
     return max(
         (
             one["num_threads"]
@@ -191,7 +204,7 @@ def _check(
     documents_ND: Vectors,
     *,
     k: int,
-    excluded: Sequence[Collection[int]] | None,
+    excluded: Sequence[Collection[int] | Positions] | None,
 ) -> None:
     for name, vectors in (("queries", queries_QD), ("documents", documents_ND)):
         if vectors.ndim != 2 or vectors.dtype != np.float32:
@@ -209,26 +222,42 @@ def _check(
         raise ValueError(f"excluded has {len(excluded)} entries for {len(queries_QD)} queries")
 
 
-def _rounding_margin(queries_QD: Vectors, documents_ND: Vectors) -> Scores:
+def longest_norm(documents_ND: Vectors) -> float:
+    """The largest L2 norm of documents, 0 of none; what `search` has to know of all of them.
+
+    Raises:
+        ValueError: A vector is not finite, or so long that float32 does not hold its square.
+    """
+    return float(_norms("documents", documents_ND).max(initial=0))
+
+
+def _norms(name: str, vectors: Vectors) -> npt.NDArray[np.float64]:
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    bad = np.flatnonzero(~np.isfinite(norms))
+    if len(bad):
+        raise ValueError(
+            f"{name}[{bad[0]}] is not finite or too long ({len(bad)} of {len(norms)} rows)"
+        )
+    exact: npt.NDArray[np.float64] = norms.astype(np.float64)
+    return exact
+
+
+def _rounding_margin(queries_QD: Vectors, longest: float) -> Scores:
     """Twice the largest error of a float32 inner product with each query, whatever its order.
 
     The error of a sum of D products is at most D 2^-24 |q||d|; 8 more terms cover the rounding of
     the exact score, of the norms and of the bound itself, the last summand products that underflow.
     """
-    norms = []
-    for name, vectors in (("queries", queries_QD), ("documents", documents_ND)):
-        norm = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-        bad = np.flatnonzero(~np.isfinite(norm))
-        if len(bad):
-            raise ValueError(
-                f"{name}[{bad[0]}] is not finite or too long ({len(bad)} of {len(norm)} rows)"
-            )
-        norms.append(norm.astype(np.float64))
     dimension = queries_QD.shape[1]
-    largest = float(norms[1].max())
-    error_Q = (dimension + 8) * 2.0**-24 * norms[0] * largest + dimension * _SMALLEST
+    norms_Q = _norms("queries", queries_QD)
+    error_Q = (dimension + 8) * 2.0**-24 * norms_Q * longest + dimension * _SMALLEST
     margin_Q: Scores = (2 * error_Q).astype(np.float32)
     return margin_Q
+
+
+def _document_block(num_queries: int) -> int:
+    """Documents a product, such that few queries are not many small products."""
+    return max(DOCUMENT_BLOCK, _PRODUCTS_OF_FEW // max(1, num_queries))
 
 
 def _filter(
@@ -269,23 +298,39 @@ def _products(
     """Start of each block and its products (Q, B); excluded pairs are -inf."""
     rows, positions = excluded
     for start in range(0, len(documents_ND), document_block):
-        products_QB = queries_QD @ documents_ND[start : start + document_block].T
+        products_QB = _product(queries_QD, documents_ND[start : start + document_block])
         low, high = np.searchsorted(positions, [start, start + document_block])
         products_QB[rows[low:high], positions[low:high] - start] = -np.inf
         yield start, products_QB
 
 
+def _product(queries_QD: Vectors, documents_BD: Vectors) -> Scores:
+    # The library copies the matrix on the right into a form of its own: it should be the small one.
+    if len(queries_QD) < _FEW_QUERIES:
+        products: Scores = np.ascontiguousarray((documents_BD @ queries_QD.T).T)
+    else:
+        products = queries_QD @ documents_BD.T
+    return products
+
+
 def _excluded_pairs(
-    excluded: Sequence[Collection[int]], num_documents: int
+    excluded: Sequence[Collection[int] | Positions], num_documents: int
 ) -> tuple[Positions, Positions]:
     """Rows and positions of the excluded pairs, by position."""
     rows = np.repeat(np.arange(len(excluded)), [len(one) for one in excluded])
-    positions = np.fromiter((position for one in excluded for position in one), dtype=np.int64)
+    positions = np.concatenate([np.empty(0, np.int64), *map(as_positions, excluded)])
     bad = positions[(positions < 0) | (positions >= num_documents)]
     if len(bad):
         raise ValueError(f"excluded position {bad[0]} is not in 0..{num_documents - 1}")
     order = np.argsort(positions, kind="stable")
     return rows[order], positions[order]
+
+
+def as_positions(positions: Collection[int] | Positions) -> Positions:
+    """Positions as an array; one that is an array already is not gone through."""
+    if isinstance(positions, np.ndarray):
+        return positions
+    return np.fromiter(positions, np.int64, len(positions))
 
 
 def _passing(products_QB: Scores, floor_Q: Scores, start: int) -> Pairs:

@@ -90,14 +90,21 @@ def places_for(ids: pa.Array, located: pa.Table, *, name: str) -> pa.Table:
     return located.select(["part", "group", "row"]).take(rows)
 
 
-def read_vectors(artifact: Artifact, places: pa.Table) -> NDArray[np.float32]:
+def read_vectors(
+    artifact: Artifact, places: pa.Table, *, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """Vectors in the order of their places, float32 [N, D]; one row group is in memory at a time.
+
+    Args:
+        artifact: Where they are committed.
+        places: See the module.
+        out: Filled in place of an array of its own, such as one that is a file.
 
     Raises:
         StorageError: See `Artifact.row_group`.
     """
     dimension = artifact.schema.field("vector").type.list_size
-    vectors_ND = np.empty((places.num_rows, dimension), dtype=np.float32)
+    vectors_ND = np.empty((places.num_rows, dimension), dtype=np.float32) if out is None else out
     for wanted in by_row_group(places):
         column = artifact.row_group(wanted.part, wanted.group, columns=["vector"]).column(0)
         flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)

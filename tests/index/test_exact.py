@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from reasonembed.index.accelerator import TorchFilter
-from reasonembed.index.exact import merge_topk, search
+from reasonembed.index.exact import _cores, longest_norm, merge_topk, search
 
 # Few values, so that equal scores and equal documents are the rule; sums are exact in float32.
 COARSE = st.integers(-3, 3).map(lambda value: value / 2)
@@ -19,13 +18,13 @@ FLOATS = st.floats(-1e3, 1e3, width=32)
 
 
 def reference(queries, documents, *, k, excluded):
-    """One pair at a time, exactly summed, then sorted."""
+    """One pair at a time, summed in float64, then sorted."""
     num_results = min(k, len(documents))
     scores = np.full((len(queries), num_results), -np.inf, dtype=np.float32)
     positions = np.full((len(queries), num_results), -1, dtype=np.int64)
     for row, query in enumerate(queries.astype(float)):
         pairs = [
-            (-float(np.float32(math.fsum(query * document))), position)
+            (-float(np.float32((query * document).sum())), position)
             for position, document in enumerate(documents.astype(float))
             if position not in excluded[row]
         ]
@@ -193,11 +192,54 @@ def test_many_queries_are_spread_over_the_cores():
     """As many blocks as cores, each with a product of its own: the same as one after the other."""
     rng = np.random.default_rng(3)
     queries, documents = (rng.standard_normal((n, 16), dtype=np.float32) for n in (300, 2_000))
+    _cores.cache_clear()  # it is asked for once a process
     with threadpoolctl.threadpool_limits(2, "blas"):
         found = search(queries, documents, k=7)
         accelerated = search(queries, documents, k=7, accelerator=TorchFilter("cpu"))
         assert {one["num_threads"] for one in threadpoolctl.threadpool_info()} >= {2}
     with threadpoolctl.threadpool_limits(1, "blas"):
+        _cores.cache_clear()
         alone = search(queries, documents, k=7, query_block=300)
+    _cores.cache_clear()
     assert_equal(found, alone)
     assert_equal(accelerated, alone)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(COARSE) | problems(FLOATS), k=st.integers(1, 50), more=st.floats(1, 10))
+def test_a_norm_that_is_known_changes_nothing(problem, k, more):
+    queries, documents, excluded = problem
+    longest = longest_norm(documents)
+    assert longest >= np.linalg.norm(documents.astype(float), axis=1).max() * (1 - 1e-6)
+    found = search(queries, documents, k=k, excluded=excluded, longest=longest * more)
+    assert_equal(found, search(queries, documents, k=k, excluded=excluded))
+
+
+def test_the_norm_of_documents_that_cannot_be_searched():
+    documents = np.ones((3, 4), np.float32)
+    assert longest_norm(documents) == 2
+    assert longest_norm(documents[:0]) == 0
+    for wrong in (np.nan, np.inf, 3e38):
+        documents[1] = wrong
+        with pytest.raises(ValueError, match=r"documents\[1\] is not finite or too long"):
+            longest_norm(documents)
+
+
+@pytest.mark.parametrize("num_queries", [1, 31, 32, 33])
+def test_few_and_many_queries_give_the_same(num_queries):
+    rng = np.random.default_rng(5)
+    queries = rng.normal(size=(40, 24)).astype(np.float32)
+    documents = rng.normal(size=(70_000, 24)).astype(np.float32)
+    whole = search(queries, documents, k=7)
+    some = search(queries[:num_queries], documents, k=7)
+    assert_equal(some, (whole[0][:num_queries], whole[1][:num_queries]))
+
+
+def test_libraries_are_asked_for_their_threads_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda: asked.append(1) or [])
+    _cores.cache_clear()
+    for _ in range(3):
+        search(np.ones((2, 3), np.float32), np.ones((4, 3), np.float32), k=1)
+    _cores.cache_clear()
+    assert len(asked) == 1
