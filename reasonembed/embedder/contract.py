@@ -7,7 +7,7 @@ Training, mining, evaluation, export and service all take it from here; it is sa
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from reasonembed.schemas import stable_hash
 
 CONTRACT_FILE = "contract.json"
 MIN_TOKENS = 8
+DTYPES = ("float32", "float16", "bfloat16")
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
 # Decoders that transformers can let see both sides of a token (`is_causal` of the configuration),
 # tested to do so padded and packed. A window, as Mistral's, would reach ahead by another number of
@@ -64,6 +65,8 @@ class TokenisationContract:
         dimension: Length of a vector.
         layers: Layers of the checkpoint that are used, from the first; None for all.
         normalise: Whether vectors have L2 norm 1.
+        matryoshka_dimensions: Shorter lengths that the weights were trained for, cut from the
+            front; decide no vector, so they are not part of the fingerprint.
     """
 
     model: str
@@ -80,10 +83,16 @@ class TokenisationContract:
     pool_template: bool = True
     layers: int | None = None
     normalise: bool = True
+    matryoshka_dimensions: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A mapping of JSON values; `from_json` reads it back."""
-        return asdict(self) | {"attention": self.attention.value, "pooling": self.pooling.value}
+        plain = {
+            "attention": self.attention.value,
+            "pooling": self.pooling.value,
+            "matryoshka_dimensions": list(self.matryoshka_dimensions),
+        }
+        return asdict(self) | plain
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TokenisationContract:
@@ -93,12 +102,13 @@ class TokenisationContract:
             ModelError: A key is missing or unknown, or attention or pooling is not known.
         """
         names = {field.name for field in fields(cls)}
+        data = {"matryoshka_dimensions": ()} | data  # older exports were trained for none
         if set(data) != names:
             raise ModelError(
                 f"{CONTRACT_FILE} holds keys {sorted(data)}, expected {sorted(names)}; if another "
                 "version has written it, export the model again"
             )
-        kinds = {"attention": Attention, "pooling": Pooling}
+        kinds = {"attention": Attention, "pooling": Pooling, "matryoshka_dimensions": tuple}
         try:
             return cls(**data | {name: kind(data[name]) for name, kind in kinds.items()})
         except ValueError as error:
@@ -106,7 +116,30 @@ class TokenisationContract:
 
     def fingerprint(self) -> str:
         """Hash of all that decides a vector; two names of the same weights agree."""
-        return stable_hash(json.dumps(self.to_json() | {"model": None}, sort_keys=True), size=16)
+        decides = self.to_json() | {"model": None}
+        del decides["matryoshka_dimensions"]
+        return stable_hash(json.dumps(decides, sort_keys=True), size=16)
+
+
+def read_contract(directory: Path) -> TokenisationContract:
+    """The contract beside exported weights.
+
+    Raises:
+        ModelError: There is none, it cannot be read, or it is of other weights.
+    """
+    file = directory / CONTRACT_FILE
+    if not file.is_file():
+        raise ModelError(f"{directory} is no export: {CONTRACT_FILE} is missing")
+    contract = TokenisationContract.from_json(_read_json(file))
+    if contract.dtype not in DTYPES:
+        raise ModelError(f"{file}: dtype {contract.dtype!r} is none of {', '.join(DTYPES)}")
+    size = _read_json(directory / "config.json").get("hidden_size")
+    if size is not None and size != contract.dimension:
+        raise ModelError(
+            f"{file}: dimension {contract.dimension}, but the weights beside it give {size}; one "
+            "of the two is of another model, so export it again"
+        )
+    return contract
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -139,10 +172,10 @@ def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
         config: Encoder section of the configuration.
 
     Raises:
-        ConfigError: A template lacks its slot, a length limit is too small or larger than the
-            model's positions, the token to append is not one token of the vocabulary, attention
-            must be said or cannot be switched, `pool_template` is false without mean pooling, or
-            the folder is an export that was trained under another contract.
+        ConfigError: A template does not hold its slot once, a length limit is too small or larger
+            than the model's positions, the token to append is not one token of the vocabulary,
+            attention must be said or cannot be switched, `pool_template` is false without mean
+            pooling, or the folder is an export that was trained under another contract.
         ModelError: The folder is not a checkpoint.
     """
     model_config = _read_json(path / "config.json")
@@ -166,8 +199,11 @@ def resolve_contract(path: Path, config: EncoderConfig) -> TokenisationContract:
         dimension=int(model_config["hidden_size"]),
         layers=_resolve_layers(config, available=model_config.get("num_hidden_layers")),
     )
-    _check_trained(path, contract)
-    return contract
+    if not (path / CONTRACT_FILE).is_file():
+        return contract
+    trained = TokenisationContract.from_json(_read_json(path / CONTRACT_FILE))
+    _check_trained(path, contract, trained)
+    return replace(contract, matryoshka_dimensions=trained.matryoshka_dimensions)
 
 
 _TRAINED = (
@@ -181,11 +217,10 @@ _TRAINED = (
 )
 
 
-def _check_trained(path: Path, contract: TokenisationContract) -> None:
+def _check_trained(
+    path: Path, contract: TokenisationContract, trained: TokenisationContract
+) -> None:
     """An export says what its weights were trained under; under anything else they mean little."""
-    if not (path / CONTRACT_FILE).is_file():
-        return
-    trained = TokenisationContract.from_json(_read_json(path / CONTRACT_FILE))
     differ = [
         f"{name} {getattr(contract, name)!r} (trained with {getattr(trained, name)!r})"
         for name in _TRAINED
@@ -239,6 +274,8 @@ def _check_templates(config: EncoderConfig) -> None:
         template = getattr(config, f"{name}_template")
         if f"{{{name}}}" not in template:
             raise ConfigError(f"encoder.{name}_template {template!r} lacks {{{name}}}")
+        if template.count(f"{{{name}}}") > 1:
+            raise ConfigError(f"encoder.{name}_template {template!r} holds {{{name}}} twice")
 
 
 def _check_lengths(config: EncoderConfig, *, limit: int | None) -> None:

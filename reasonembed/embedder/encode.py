@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from numpy.typing import NDArray
 
 from reasonembed.config import EncoderConfig
 from reasonembed.embedder.contract import (
-    CONTRACT_FILE,
     SWITCHABLE,
     Attention,
     TokenisationContract,
     load_tokenizer,
+    read_contract,
     resolve_contract,
 )
 from reasonembed.embedder.golden import verify_golden
@@ -31,7 +30,8 @@ from reasonembed.models import quiet_transformers, resolve
 
 Vectors = NDArray[np.float32]
 
-_CACHED_TOKENS = 2_048  # on CPUs larger batches are slower: what layers hand on leaves the cache
+CACHED_TOKENS = 2_048
+"""On CPUs larger batches are slower: what layers hand on leaves the cache."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,7 @@ class Embedder:
             ModelError: There is no contract, the folder cannot be loaded, or it does not give the
                 golden token ids and vectors that it was exported with.
         """
-        file = directory / CONTRACT_FILE
-        if not file.is_file():
-            raise ModelError(f"{directory} is no export: {CONTRACT_FILE} is missing")
-        contract = TokenisationContract.from_json(json.loads(file.read_text(encoding="utf-8")))
+        contract = read_contract(directory)
         made = cls(directory, contract, device=device, batch_tokens=batch_tokens, threads=threads)
         verify_golden(made, directory)
         return made
@@ -246,13 +243,12 @@ class Embedder:
 
         def one_batch(batch: list[int]) -> int:
             texts = [unique[i] for i in batch]
-            with torch.inference_mode():  # holds for this thread alone
-                found = forward(self._model, self.contract, texts, packed=self._packed, skip=skip)
-                vectors[batch] = found.cpu().numpy()
+            vectors[batch] = self.one_pass(texts, skip=skip)
             return sum(map(len, texts)) if self._packed else len(texts) * len(texts[0])
 
-        is_cpu = self._model.device.type == "cpu"
-        budget = min(self._batch_tokens, _CACHED_TOKENS) if is_cpu else self._batch_tokens
+        budget = self._batch_tokens
+        if self.is_on_cpu:
+            budget = min(budget, CACHED_TOKENS)
         batches = budget_batches(lengths, batch_tokens=budget, packed=self._packed)
         places = sum(self._map(one_batch, list(batches)))
         self.stats = EncodeStats(
@@ -264,10 +260,26 @@ class Embedder:
         where = {ids: row for row, ids in enumerate(unique)}
         return vectors[[where[ids] for ids in sequences]]
 
+    def one_pass(self, batch: Sequence[TokenIds], *, skip: int = 0) -> Vectors:
+        """Vectors of one forward pass on the calling thread, float32 [B, D].
+
+        Args:
+            batch: Token ids, at least one text, none empty.
+            skip: First tokens of each that do not enter a mean; see `pooling.pool`.
+        """
+        with torch.inference_mode():  # holds for this thread alone
+            found = forward(self._model, self.contract, batch, packed=self._packed, skip=skip)
+            return np.asarray(found.cpu())
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether forward passes take cores rather than a device of their own."""
+        return str(self._model.device.type) == "cpu"
+
     def _map(self, work: Callable[[list[int]], int], batches: list[list[int]]) -> list[int]:
         """On CPUs a batch has a core to itself: cores that share one wait after each operation."""
         cores = torch.get_num_threads()
-        if self._model.device.type != "cpu" or cores == 1 or len(batches) < cores:
+        if not self.is_on_cpu or cores == 1 or len(batches) < cores:
             return [work(batch) for batch in batches]
         try:
             with ThreadPoolExecutor(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,15 @@ MIN_COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.995}
 """Of a vector and what it should be, by the type of the weights."""
 
 
-class _Encoder(Protocol):
-    contract: TokenisationContract
-
+class _Tokenises(Protocol):
     def tokenise(
         self, texts: Sequence[str], *, role: Role, instruction: str = ""
     ) -> list[TokenIds]: ...
+
+
+class _Encoder(_Tokenises, Protocol):
+    @property
+    def contract(self) -> TokenisationContract: ...
 
     def encode_ids(self, sequences: Sequence[TokenIds]) -> NDArray[np.float32]: ...
 
@@ -70,22 +73,51 @@ def verify_golden(encoder: _Encoder, directory: Path) -> None:
     Raises:
         ModelError: The file is missing, or a text gives other token ids or another vector.
     """
-    file = directory / GOLDEN_FILE
-    if not file.is_file():
-        raise ModelError(f"{directory} holds no {GOLDEN_FILE}; export the model again")
+    verify_golden_ids(encoder, directory)
     least = MIN_COSINE[encoder.contract.dtype]
-    for row in json.loads(file.read_text(encoding="utf-8")):
-        role, text = Role(row["role"]), row["text"]
-        ids = encoder.tokenise([text], role=role, instruction=row["instruction"])
-        if list(ids[0]) != row["token_ids"]:
+    for row in _rows(directory):
+        golden = np.asarray(row["vector"], dtype=np.float32)
+        found = encoder.encode_ids([tuple(row["token_ids"])])[0]
+        if found.shape != golden.shape:
             raise ModelError(
-                f"{directory}: {role} {text[:60]!r} gives token ids {list(ids[0])[:8]}..., golden "
-                f"are {row['token_ids'][:8]}...; the tokenizer is not the exported one"
+                f"{directory}: vectors have {len(found)} dimensions, golden ones {len(golden)}; "
+                "the weights are not the exported ones"
             )
-        found, golden = encoder.encode_ids(ids)[0], np.asarray(row["vector"], dtype=np.float32)
         cosine = float(found @ golden / (np.linalg.norm(found) * np.linalg.norm(golden)))
         if not cosine >= least:  # NaN fails as well
             raise ModelError(
-                f"{directory}: {role} {text[:60]!r} has cosine {cosine:.6f} to its golden vector, "
-                f"at least {least} is expected; the weights are not the exported ones"
+                f"{directory}: {row['role']} {row['text'][:60]!r} has cosine {cosine:.6f} to its "
+                f"golden vector, at least {least} is expected; the weights are not the exported "
+                "ones"
             )
+
+
+def verify_golden_ids(tokenizer: _Tokenises, directory: Path) -> None:
+    """Checks a tokenizer against `golden.json`; needs no weights.
+
+    Args:
+        tokenizer: An `Embedder`, or a `ContractTokenizer` alone.
+        directory: Folder of the export.
+
+    Raises:
+        ModelError: The file is missing, or a text gives other token ids.
+    """
+    for row in _rows(directory):
+        role, text = Role(row["role"]), row["text"]
+        [ids] = tokenizer.tokenise([text], role=role, instruction=row["instruction"])
+        if list(ids) != row["token_ids"]:
+            raise ModelError(
+                f"{directory}: {role} {text[:60]!r} gives token ids {list(ids)[:8]}..., golden "
+                f"are {row['token_ids'][:8]}...; the tokenizer is not the exported one"
+            )
+
+
+def _rows(directory: Path) -> list[dict[str, Any]]:
+    file = directory / GOLDEN_FILE
+    if not file.is_file():
+        raise ModelError(f"{directory} holds no {GOLDEN_FILE}; export the model again")
+    try:
+        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"cannot read {file}: {error}; export the model again") from error
+    return rows

@@ -15,7 +15,7 @@ from typing import Any
 from reasonembed.embedder.contract import TokenisationContract
 
 TokenIds = tuple[int, ...]
-_DOCUMENT = "{document}"
+_QUERY, _DOCUMENT = "{query}", "{document}"
 _SLOT = re.compile(r"\{(instruction|query)\}")
 
 
@@ -44,9 +44,34 @@ class ContractTokenizer:
         self._tokenizer = tokenizer
         self._contract = contract
         end = contract.append_token_id
-        self._begins = _tokens_before_text(tokenizer)
+        self._begins, ends = _tokens_around_text(tokenizer)
         # An exported tokenizer appends the end token by itself; it must not stand there twice.
-        self._appends_itself = end is not None and tokenizer("a")["input_ids"][-1] == end
+        appends_itself = end is not None and tokenizer("a")["input_ids"][-1] == end
+        self.suffix: TokenIds = () if end is None or appends_itself else (end,)
+        """What stands behind all that the tokenizer gives."""
+        self._tail = ends + len(self.suffix)
+
+    def limit(self, role: Role) -> int:
+        """Largest length of such a text, template and special tokens included."""
+        is_query = role is Role.QUERY
+        return self._contract.max_query_tokens if is_query else self._contract.max_document_tokens
+
+    def around(self, *, role: Role, instruction: str = "") -> tuple[str, str]:
+        """What the role's template puts before and after a text.
+
+        Raises:
+            ValueError: An instruction was given for documents.
+        """
+        if role is Role.QUERY:
+            before, _, after = self._contract.query_template.partition(_QUERY)
+            return (
+                apply_template(before, query="", instruction=instruction),
+                apply_template(after, query="", instruction=instruction),
+            )
+        if instruction:
+            raise ValueError(f"documents take no instruction; {instruction!r} was given")
+        before, _, after = self._contract.document_template.partition(_DOCUMENT)
+        return before, after
 
     def tokenise(
         self, texts: Sequence[str], *, role: Role, instruction: str = ""
@@ -63,26 +88,26 @@ class ContractTokenizer:
         """
         if not texts:
             return []
-        contract, end = self._contract, self._contract.append_token_id
-        limit = contract.max_document_tokens
-        if role is Role.QUERY:
-            limit = contract.max_query_tokens
-            template = contract.query_template
-            texts = [apply_template(template, query=t, instruction=instruction) for t in texts]
-        elif instruction:
-            raise ValueError(f"documents take no instruction; {instruction!r} was given")
-        elif contract.document_template != _DOCUMENT:
-            before, _, after = contract.document_template.partition(_DOCUMENT)
-            texts = [f"{before}{text}{after}" for text in texts]
-        suffix = () if end is None or self._appends_itself else (end,)
+        before, after = self.around(role=role, instruction=instruction)
         encoded = self._tokenizer(
-            list(texts),
+            [f"{before}{text}{after}" for text in texts],
             truncation=True,
-            max_length=limit - len(suffix),
+            max_length=self.limit(role) - len(self.suffix),
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
-        return [(*ids, *suffix) for ids in encoded]
+        return [(*ids, *self.suffix) for ids in encoded]
+
+    def cut(self, ids: TokenIds, *, limit: int) -> TokenIds:
+        """The cut that `tokenise` makes, of ids that were not cut: special tokens stay.
+
+        Args:
+            ids: Of a whole text, `suffix` included.
+            limit: Of all tokens.
+        """
+        if len(ids) <= limit:
+            return ids
+        return (*ids[: limit - self._tail], *ids[len(ids) - self._tail :])
 
     def tokens_before_text(self, *, role: Role, instruction: str = "") -> int:
         """Tokens that stand before a text: the tokenizer's first ones, and the template's.
@@ -91,17 +116,14 @@ class ContractTokenizer:
         letters of a text it may be cut into other tokens. 0 where the template begins with the
         text.
         """
-        if role is Role.QUERY:
-            before = self._contract.query_template.partition("{query}")[0]
-            before = apply_template(before, query="", instruction=instruction)
-        else:
-            before = self._contract.document_template.partition(_DOCUMENT)[0]
+        before, _ = self.around(role=role, instruction=instruction)
         if not before:
             return 0
         return self._begins + len(self._tokenizer(before, add_special_tokens=False)["input_ids"])
 
 
-def _tokens_before_text(tokenizer: Any) -> int:
-    """Special tokens that a tokenizer puts in front of every text."""
+def _tokens_around_text(tokenizer: Any) -> tuple[int, int]:
+    """Special tokens that a tokenizer puts in front of every text, and behind it."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    begins = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return begins, len(whole) - len(bare) - begins

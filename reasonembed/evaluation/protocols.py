@@ -71,7 +71,7 @@ class Protocol:
         """
         if style == "none":
             return ""
-        own = Sentences(collection.instruction, _BGE_GENERAL)
+        own = Sentences(collection.instruction, BGE_GENERAL)
         sentences = self.sentences[collection.is_long].get(collection.task, own)
         return sentences.instruct if style == "instruct" else sentences.represent
 
@@ -122,7 +122,7 @@ def get(name: str) -> Protocol:
 
 # ---- sentences ----------------------------------------------------------------------------------
 
-_BGE_GENERAL = "Represent this sentence for searching relevant passages: "
+BGE_GENERAL = "Represent this sentence for searching relevant passages: "
 _PAGED = (*tasks.BRIGHT[:7], "pony")  # the tasks of BRIGHT that have whole pages too
 
 
@@ -189,7 +189,7 @@ _R2MED = {
 
 
 def _r2med(*, stop: str) -> dict[str, Sentences]:
-    return {task: Sentences(one + stop, _BGE_GENERAL) for task, one in _R2MED.items()}
+    return {task: Sentences(one + stop, BGE_GENERAL) for task, one in _R2MED.items()}
 
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(

@@ -13,7 +13,11 @@ import os
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from reasonembed.config import EngineRuntime, LLMConfig
 from reasonembed.errors import ModelError
@@ -178,6 +182,72 @@ class InProcessEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        self._llm = None
+
+
+class PoolingEngine:
+    """vLLM as an encoder, in this process: token ids in, normalised last hidden states out.
+
+    Whether that is what the model's contract says is for the caller to check.
+
+    Args:
+        model_dir: Checkpoint folder.
+        dtype: Of the weights.
+        max_tokens: Of the longest text.
+        batch_tokens: Of a forward pass, where no text is longer.
+        runtime: How vLLM is run.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        dtype: str,
+        max_tokens: int,
+        batch_tokens: int,
+        runtime: EngineRuntime,
+    ) -> None:
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        _environment(runtime, on_gpu=on_gpu)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+
+        arguments: dict[str, Any] = {
+            "model": str(model_dir),
+            "dtype": dtype,
+            "max_model_len": max_tokens,
+            "max_num_seqs": runtime.max_num_seqs,
+            "max_num_batched_tokens": max(batch_tokens, max_tokens),
+            "enforce_eager": runtime.enforce_eager or not on_gpu,
+            "tensor_parallel_size": runtime.tensor_parallel_size,
+            # A shared instruction would be read from the cache, at other roundings than alone.
+            "enable_prefix_caching": False,
+            "runner": "pooling",
+            "convert": "embed",
+            # `use_activation` is vLLM's word for the L2 norm.
+            "pooler_config": PoolerConfig(seq_pooling_type="LAST", use_activation=True),
+        }
+        if on_gpu:
+            arguments["gpu_memory_utilization"] = runtime.gpu_memory_utilization
+        self._llm: Any = LLM(**arguments)
+        self._lock = threading.Lock()
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Vectors in the given order, float32 [N, D]; one call at a time.
+
+        Args:
+            sequences: Token ids, none empty; nothing is added to them.
+        """
+        prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        with self._lock:
+            outputs = self._llm.embed(prompts, use_tqdm=False)
+        return np.asarray([output.outputs.embedding for output in outputs], dtype=np.float32)
+
+    def close(self) -> None:
+        """Frees the engine."""
         self._llm = None
 
 

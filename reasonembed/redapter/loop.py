@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -192,7 +192,10 @@ def train(
 
 
 def _prepare(config: TrainConfig, weights: Path, runtime: TrainRuntime) -> _State:
-    contract = resolve_contract(weights, config.encoder)
+    contract = replace(
+        resolve_contract(weights, config.encoder),
+        matryoshka_dimensions=config.matryoshka_dimensions,
+    )
     if not contract.pool_template:
         raise ConfigError(
             "train.encoder.pool_template false is for encoding with finished models; training "

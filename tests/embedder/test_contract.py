@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -142,6 +143,7 @@ def test_an_unknown_word_is_not_taken_for_an_end_token(tmp_path):
     ("changes", "message"),
     [
         ({"query_template": "Query:"}, "lacks {query}"),
+        ({"document_template": "{document} {document}"}, "holds {document} twice"),
         ({"max_query_tokens": 3}, "max_query_tokens 3"),
         ({"max_document_tokens": 513}, "max_document_tokens 513"),
         ({"append_token": "<|nothing|>"}, "not one token"),
@@ -159,6 +161,12 @@ def test_json_round_trip_and_fingerprint(checkpoint):
     renamed = TokenisationContract.from_json(contract.to_json() | {"model": "elsewhere"})
     longer = TokenisationContract.from_json(contract.to_json() | {"max_query_tokens": 49})
     assert renamed.fingerprint() == contract.fingerprint() != longer.fingerprint()
+    shorter = replace(contract, matryoshka_dimensions=(8, 16))
+    assert shorter.fingerprint() == contract.fingerprint()
+    assert TokenisationContract.from_json(json.loads(json.dumps(shorter.to_json()))) == shorter
+    data = contract.to_json()
+    del data["matryoshka_dimensions"]  # as exports of earlier versions
+    assert TokenisationContract.from_json(data) == contract
     with pytest.raises(ModelError, match="expected"):
         TokenisationContract.from_json({"model": "x"})
     with pytest.raises(ModelError, match="max"):

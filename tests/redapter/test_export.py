@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from reasonembed.config import SampleSource, TrainConfig, TrainRuntime
 from reasonembed.embedder import Attention, Embedder, Role, resolve_contract
-from reasonembed.embedder.contract import load_tokenizer
+from reasonembed.embedder.contract import load_tokenizer, read_contract
 from reasonembed.embedder.encode import load_backbone
 from reasonembed.embedder.tokenisation import ContractTokenizer
 from reasonembed.errors import ConfigError, ModelError
@@ -383,3 +383,11 @@ def test_vllm_serves_it_with_the_same_vectors(tmp_path, monkeypatch):
     assert [tuple(one.prompt_token_ids) for one in found] == ids
     theirs = np.array([one.outputs.embedding for one in found])
     assert np.sum(theirs * ours.encode_ids(ids), axis=1).min() >= 0.999
+
+
+def test_an_export_says_which_shorter_lengths_it_was_trained_for(checkpoint, tmp_path):
+    result = trained(checkpoint, tmp_path / "train", matryoshka_dimensions=[8, 16])
+    exported(checkpoint, result, tmp_path / "model")
+    assert read_contract(tmp_path / "model").matryoshka_dimensions == (8, 16)
+    again = resolve_contract(tmp_path / "model", encoder_config(tmp_path / "model"))
+    assert again.matryoshka_dimensions == (8, 16)
