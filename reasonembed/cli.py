@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reasonembed import __version__, evaluate_cli
+from reasonembed import __version__, evaluate_cli, index_cli, keys_cli
 from reasonembed.config import load
 from reasonembed.errors import ConfigError, explain, is_expected
 from reasonembed.run import STAGES, Run, statuses_from
@@ -27,6 +27,8 @@ app = typer.Typer(
     help="Retrieval that reasons: from a corpus to a trained, evaluated, servable embedder.",
 )
 app.add_typer(evaluate_cli.app, name="evaluate")
+app.add_typer(index_cli.app, name="index")
+app.add_typer(keys_cli.app, name="keys")
 _out = Console(highlight=False)
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -256,19 +258,48 @@ def samples(
 
 @app.command()
 def serve(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run, or an export.")],
-    port: Annotated[int | None, typer.Option(help="Default: the run's, 8000.")] = None,
-    host: Annotated[str | None, typer.Option(help="Default: the run's, 127.0.0.1.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL|RUN", help="A run, an export, a system's name, a folder, a hub id; echo."
+        ),
+    ] = None,
+    index: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="An index to search in. Repeatable.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of configs/serve/, or its args alone.")
+    ] = None,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="What requests call the model.")] = None,
+    host: Annotated[str | None, typer.Option(help="Default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default 8000.")] = None,
+    keys: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Of `reasonembed keys`: who may ask.")
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Without Ray: one process, one replica.")
+    ] = False,
 ) -> None:
-    """Hosts the exported model: POST /v1/embeddings, GET /v1/models, GET /health."""
-    from ray_jobs.serve import serve_model
+    """Serves embeddings, and searches in indexes, in the protocols of OpenAI, Cohere and TEI."""
+    from reasonembed.serving.server import left_out, serve_in_process, settings_of
 
-    serve_model(
-        run_dir,
-        host=host,
-        port=port,
-        say=lambda line: _out.print(line, markup=False, soft_wrap=True),
-    )
+    given = {
+        "indexes": tuple(index) if index else None,
+        "name": name,
+        "host": host,
+        "port": port,
+        "keys_file": keys,
+    }
+    settings = settings_of(target, file=config, overrides=overrides or (), given=given)
+    if config is not None and (line := left_out(config)):
+        _out.print(line, markup=False, soft_wrap=True)
+    if in_process:
+        serve_in_process(settings, say=lambda line: _out.print(line, markup=False, soft_wrap=True))
+        return
+    from ray_jobs.serve import serve_here
+
+    serve_here(settings)
 
 
 @app.command()

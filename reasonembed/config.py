@@ -763,16 +763,144 @@ class TrainRuntime(Strict):
         return self
 
 
+class LimitsConfig(Strict):
+    """How much a request may hold and how much may wait; `GET /info` publishes it."""
+
+    max_inputs: Positive = Field(2_048, description="of a request, as OpenAI's service has it")
+    max_request_tokens: Positive = Field(300_000, description="of all inputs of a request")
+    max_queued_tokens: Positive = Field(
+        600_000, description="admitted by an ingress and not answered; beyond, requests get 429"
+    )
+    max_body_bytes: Positive = 16 * 2**20
+    max_answer_bytes: Positive = Field(
+        512 * 2**20,
+        description="of all answers of an ingress that are being computed, written or read by "
+        "their clients; beyond, requests get 429",
+    )
+    max_top_k: Positive = 1_000
+    max_hits: Positive = Field(100_000, description="queries times hits of a request")
+    max_excluded_ids: Positive = Field(
+        50_000, description="excluded ids of all queries of a request together"
+    )
+    max_queued_searches: Positive = Field(
+        4_096, description="queries that an ingress searches for at once; beyond, requests get 429"
+    )
+    max_rerank_documents: Positive = 1_000
+    timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="of a whole request")
+
+    @model_validator(mode="after")
+    def _fits(self) -> LimitsConfig:
+        if self.max_request_tokens > self.max_queued_tokens:
+            raise ValueError(
+                f"max_request_tokens {self.max_request_tokens} > max_queued_tokens "
+                f"{self.max_queued_tokens}: the largest request would never be admitted"
+            )
+        return self
+
+
+class BatchingConfig(Strict):
+    """How a replica makes batches of what waits."""
+
+    batch_tokens: Positive | None = Field(
+        None, description="padded tokens of a batch; default 2,048 on CPUs, 16,384 on GPUs"
+    )
+    lanes: Positive | None = Field(
+        None, description="forward passes at once; default one a core on CPUs, one on GPUs"
+    )
+    short_tokens: Positive = Field(
+        256, description="texts up to here never share a batch with longer ones"
+    )
+
+
+class ReplicasConfig(Strict):
+    """Replicas of the embedder; `max` above `min` lets their number follow the load."""
+
+    min: Positive = 1
+    max: Positive = 1
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    threads: Positive | None = Field(None, description="of the maths library, each replica")
+    backend: Literal["torch", "vllm"] = "torch"
+    target_wait_s: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="seconds of queued work that a replica should have when all are busy"
+    )
+
+    @model_validator(mode="after")
+    def _grows(self) -> ReplicasConfig:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} > max {self.max}")
+        return self
+
+
 class ServeRuntime(Strict):
-    """Where the endpoint listens and how it batches."""
+    """Where the service listens, how much it takes, and how many replicas it has."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
-    num_replicas: Positive = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0
-    threads: Positive | None = None
-    max_batch_texts: Positive = 32
-    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ingresses: Positive = Field(1, description="replicas that tokenise, admit and answer")
+    embedder: ReplicasConfig = ReplicasConfig()
+    limits: LimitsConfig = LimitsConfig()
+    batching: BatchingConfig = BatchingConfig()
+    cache_mib: Annotated[int, Field(ge=0)] = Field(
+        256, description="of vectors, an ingress; 0: none"
+    )
+    index_shards: Positive = Field(1, description="replicas that an index's vectors are cut over")
+    keys_file: str | None = Field(None, description="names and hashes of bearer keys")
+    allow_anonymous: bool = Field(
+        False, description="serve without keys beyond this machine (on loopback it is allowed)"
+    )
+    stall_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="without a finished forward pass for so long, /readyz says 503"
+    )
+    drain_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="that requests under way have to end when a replica stops"
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> ServeRuntime:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("TLS needs both ssl_certfile and ssl_keyfile")
+        return self
+
+
+class EchoConfig(Strict):
+    """The model `echo`: hashes in place of a model, to test clients and load against."""
+
+    dimension: Positive = 64
+    max_tokens: Positive = Field(8_192, description="limit of a text; words count as tokens")
+    tokens_per_s: Positive | None = Field(None, description="speed that it keeps to; default none")
+
+
+class ServeConfig(ServeRuntime):
+    """A service: one model, its indexes, and what may rewrite queries and grade documents."""
+
+    model: str = Field(
+        description="a run, an exported model, a system of the catalogue, a packaged name, a "
+        "local folder, a hub id, or `echo`"
+    )
+    encoder: EncoderConfig | None = Field(
+        None, description="contract of a model that brings none; its `model` is the one above"
+    )
+    name: str | None = Field(None, description="what requests call the model; default its folder")
+    aliases: tuple[str, ...] = Field((), description="other names that requests may use")
+    instruction: str | None = Field(None, description="of queries that name none")
+    default_input_type: Literal["query", "document"] = Field(
+        "document", description="of inputs whose role the request does not say"
+    )
+    dimensions: tuple[Positive, ...] = Field(
+        (), description="lengths that vectors may be cut to, beside those it was trained for"
+    )
+    indexes: tuple[str, ...] = Field((), description="folders that `reasonembed index build` made")
+    rewrite: RewriteConfig | None = Field(None, description="lets searches ask for q′")
+    rerank: AnnotateConfig | None = Field(None, description="lets searches ask for grades")
+    engine: EngineRuntime = EngineRuntime()
+    llm_gpus: Annotated[float, Field(ge=0)] = Field(
+        0, description="that rewrite's and rerank's replica holds, where their engine is vllm"
+    )
+    echo: EchoConfig = EchoConfig()
+    cache_dir: str | None = Field(None, description="converted weights; default the user's cache")
 
 
 class RuntimeConfig(Strict):
@@ -817,6 +945,51 @@ class BenchmarkConfig(Strict):
     data_dir: str | None = Field(None, description="folder of collections that are at hand")
     results_dir: str = "results"
     runtime: RuntimeConfig = RuntimeConfig()
+
+
+class IndexConfig(Strict):
+    """An index on disk: what it is made of, by which model, and where it goes."""
+
+    source: str = Field(
+        description="a run, a collection (queries and gold come along), or what `corpus.source` "
+        "takes"
+    )
+    out: str = Field(description="a folder that is made")
+    model: str | None = Field(
+        None,
+        description="a run, an exported model, a system of the catalogue, a packaged name, a "
+        "local folder, a hub id, or `echo`; default the source's own, if that is a run",
+    )
+    encoder: EncoderConfig | None = Field(
+        None, description="contract of a model that brings none; its `model` is the one above"
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="what requests call the index; default the folder's",
+    )
+    task: str | None = Field(None, description="of its queries; default the source's, or generic")
+    instruction: str | None = Field(
+        None, description="of its queries; default the source's or that of `task`"
+    )
+    dense: bool = Field(True, description="whether it holds vectors")
+    bm25: BM25Retriever | None = Field(
+        BM25Retriever(kind="bm25"), description="how it is searched by words; null: it is not"
+    )
+    echo: EchoConfig = EchoConfig()
+    queries: bool = Field(
+        True, description="whether the benchmark queries of a run or collection come along"
+    )
+    data_dir: str | None = Field(None, description="folder of collections that are at hand")
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> IndexConfig:
+        if not self.dense and self.bm25 is None:
+            raise ValueError("with neither vectors nor BM25 an index cannot be searched")
+        if self.encoder is not None and self.model is None:
+            raise ValueError("encoder is the contract of a model; name the model")
+        return self
 
 
 class RunConfig(Strict):
@@ -931,6 +1104,39 @@ def load_benchmark(
     for override in overrides or []:
         _override(data, override)
     return validated(BenchmarkConfig, data, where="evaluate" if path is None else str(path))
+
+
+def load_serve(
+    data: dict[str, Any], *, overrides: list[str] | None = None, where: str
+) -> ServeConfig:
+    """The configuration of a service; see `load` for what is refused.
+
+    Args:
+        data: Fields by name.
+        overrides: `a.b=value`, applied last.
+        where: What they come from, for the message.
+    """
+    for override in overrides or []:
+        _override(data, override)
+    return validated(ServeConfig, data, where=where)
+
+
+def load_index(given: Mapping[str, Any], *, overrides: list[str] | None = None) -> IndexConfig:
+    """The configuration of an index.
+
+    Args:
+        given: Values by field.
+        overrides: `a.b=value`, applied last.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    data = dict(given)
+    for override in overrides or []:
+        _override(data, override)
+    if isinstance(data.get("encoder"), dict) and data.get("model"):
+        data["encoder"] = {"model": data["model"]} | data["encoder"]
+    return validated(IndexConfig, data, where="index build")
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

@@ -1,133 +1,127 @@
-"""The app: embeddings in the OpenAI protocol, its model list, and a health check."""
+"""The app: routes over the service's parts, the middleware around them, one shape of errors."""
 
 from __future__ import annotations
 
-import base64
-import logging
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
 
-import numpy as np
-from fastapi import Body, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from reasonembed.serving.protocol import Embed, EmbedResult, ItemError, Outcome, ServedModel
-from reasonembed.serving.requests import ApiError, EmbeddingRequest, invalid_body
+from reasonembed.serving import middleware, openapi, page, reference
+from reasonembed.serving.errors import ApiError
+from reasonembed.serving.exchange import note_refusal
+from reasonembed.serving.jsonroute import invalid
+from reasonembed.serving.parts import Service
+from reasonembed.serving.protocol import stalled_after
+from reasonembed.serving.readiness import Readiness
+from reasonembed.serving.routes import cohere, mcp, meta, openai, rerank, search, tei
 
-log = logging.getLogger(__name__)
+__all__ = ["Service", "create_app"]
 
 
-def create_app(
-    embed: Embed, model: ServedModel, *, is_ready: Callable[[], bool] = lambda: True
-) -> FastAPI:
-    """An app over one model.
+def create_app(service: Service, *, sends_request_id: bool = True) -> FastAPI:
+    """The app over a service's parts; its lifespan watches whether texts are embedded.
 
     Args:
-        embed: Embeds the items of a request; a `MicroBatcher.embed` shares batches among requests.
-        model: What is served.
-        is_ready: Whether requests can be answered; until then they and the health check get 503.
+        service: What there is to serve.
+        sends_request_id: False behind a proxy that writes `X-Request-ID` into answers itself.
     """
-    app = FastAPI(title="ReasonEmbed", openapi_url="/openapi.json")
+    readiness = Readiness(
+        service.embeddings,
+        stall_s=stalled_after(service.settings.stall_s, service.embeddings.model),
+        metrics=service.metrics,
+    )
+    app = FastAPI(
+        title="ReasonEmbed",
+        lifespan=_living(readiness, service),
+        docs_url=None,  # the framework's page loads scripts from elsewhere; see `reference`
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
+    )
+    limits = service.settings.limits
+    app.state.max_numbers = limits.max_request_tokens + limits.max_inputs  # a comma after each list
     _add_error_handlers(app)
-
-    def require_ready() -> None:
-        if not is_ready():
-            raise ApiError(503, "the model is being loaded", headers={"Retry-After": "1"})
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        require_ready()
-        return {"status": "ok"}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_describe(model)]}
-
-    @app.post("/v1/embeddings")
-    async def embeddings(request: Annotated[EmbeddingRequest, Body()]) -> JSONResponse:
-        require_ready()
-        items = request.items(model)
-        results = _all_or_error(await embed(items))
-        return JSONResponse(_answer(results, request, model))
-
+    for module in (openai, cohere, tei, rerank, search):
+        app.include_router(module.router(service))
+    app.include_router(meta.router(service, readiness))
+    app.include_router(page.router(), include_in_schema=False)
+    app.include_router(reference.router(app), include_in_schema=False)
+    _keep_document(app)
+    mcp.mount(app, service)
+    middleware.install(app, service, sends_request_id=sends_request_id)
     return app
 
 
-def _all_or_error(outcomes: Sequence[Outcome]) -> list[EmbedResult]:
-    """The results if every input has one.
-
-    Raises:
-        ApiError: For the first that has none.
-    """
-    results = []
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, ItemError):
-            status = 400 if outcome.is_callers_fault else 500
-            raise ApiError(status, f"input[{index}]: {outcome.message}", param="input")
-        if not np.isfinite(outcome.vector).all():
-            raise ApiError(500, f"input[{index}]: the model gave a vector that is not finite")
-        results.append(outcome)
-    return results
+def _operation_id(route: APIRoute) -> str:
+    """`retrieve_model` as `retrieveModel`, as generated clients would call it."""
+    first, *rest = route.name.split("_")
+    return first + "".join(part.capitalize() for part in rest)
 
 
-def _answer(
-    results: Sequence[EmbedResult], request: EmbeddingRequest, model: ServedModel
-) -> dict[str, Any]:
-    num_tokens = sum(result.num_tokens for result in results)
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    if request.truncate == "end":
-        usage["truncated_inputs"] = sum(result.is_truncated for result in results)
-    data = [
-        {"object": "embedding", "index": index, "embedding": _encode(result, request)}
-        for index, result in enumerate(results)
-    ]
-    return {"object": "list", "data": data, "model": model.name, "usage": usage}
+def _living(readiness: Readiness, service: Service) -> Any:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(readiness.watch())
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            for end in service.on_end:
+                await end()
+
+    return lifespan
 
 
-def _encode(result: EmbedResult, request: EmbeddingRequest) -> str | list[float]:
-    vector = np.asarray(result.vector, dtype="<f4")
-    if request.encoding_format == "base64":
-        return base64.b64encode(vector.tobytes()).decode("ascii")
-    numbers: list[float] = vector.tolist()
-    return numbers
+def _keep_document(app: FastAPI) -> None:
+    """`/openapi.json` is ours, made once."""
 
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = openapi.describe(app)
+        return app.openapi_schema
 
-def _describe(model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "reasonembed",
-        "dimensions": model.dimension,
-        "max_query_tokens": model.max_query_tokens,
-        "max_document_tokens": model.max_document_tokens,
-    }
+    app.openapi = document  # type: ignore[method-assign]  # as the framework's manual has it
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """One error shape for every status, also those that the framework answers by itself."""
+    """One shape also for what the framework refuses; failures are the middleware's."""
 
     def respond(error: ApiError) -> JSONResponse:
-        return JSONResponse(
-            error.body(), status_code=error.status, headers=dict(error.headers or {})
-        )
+        return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
     @app.exception_handler(ApiError)
-    async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
+    async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
+        note_refusal(request, error)
         return respond(error)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(invalid_body(error.errors()))
+        return respond(invalid(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{error.detail}: {request.method} {request.url.path}"
-        return respond(ApiError(error.status_code, message, headers=error.headers))
+        if error.status_code == 404:
+            return respond(ApiError(404, "there is no such route; GET /docs lists them"))
+        if error.status_code == 405:
+            allowed = ", ".join(_methods(request))
+            return respond(ApiError(405, f"this route takes {allowed}", headers={"Allow": allowed}))
+        return respond(ApiError(error.status_code, str(error.detail), headers=error.headers))
 
-    @app.exception_handler(Exception)
-    async def on_failure(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return respond(ApiError(500, "the server failed; its log says why"))
+
+def _methods(request: Request) -> list[str]:
+    """What a path takes; the framework names the methods of its first route alone."""
+    matching = (
+        route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE
+    )
+    return sorted(
+        {method for route in matching for method in getattr(route, "methods", None) or ()}
+    )

@@ -1,23 +1,16 @@
-from __future__ import annotations
-
 import pytest
 
-from reasonembed.serving.protocol import ServedModel
-from tests.serving.hash_embedder import DIMENSION, LIMIT, HashEmbedder
+from reasonembed.config import ServeConfig
+from reasonembed.serving.backend import OpenModel, open_model
 
 
 @pytest.fixture
-def embedder() -> HashEmbedder:
-    return HashEmbedder()
-
-
-@pytest.fixture
-def model() -> ServedModel:
-    return ServedModel(
-        name="hash",
-        dimension=DIMENSION,
-        max_query_tokens=LIMIT,
-        max_document_tokens=LIMIT,
-        vocabulary_size=100,
-        created=0,
+def echo_config() -> ServeConfig:
+    return ServeConfig.model_validate(
+        {"model": "echo", "echo": {"dimension": 32, "max_tokens": 64}}
     )
+
+
+@pytest.fixture
+def echo_model(echo_config: ServeConfig) -> OpenModel:
+    return open_model(echo_config)

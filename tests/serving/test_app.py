@@ -1,212 +1,229 @@
 from __future__ import annotations
 
-import base64
+import asyncio
 import json
+import re
 import subprocess
 import sys
+import time
 
-import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 from reasonembed.serving.app import create_app
-from reasonembed.serving.batching import MicroBatcher
-from reasonembed.serving.protocol import EmbedItem
+from reasonembed.serving.errors import ApiError
+from tests.serving.api import Hashes, assert_error, hash_client, hash_service
 
 EMBEDDINGS = "/v1/embeddings"
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture
-def client(embedder, model):
-    batcher = MicroBatcher(embedder.embed, max_texts=4, wait_s=0)
-    return TestClient(create_app(batcher.embed, model), raise_server_exceptions=False)
-
-
-def post(client, **fields):
-    return client.post(EMBEDDINGS, json={"model": "hash", **fields})
-
-
-def assert_error(response, status: int, *, param: str | None = None, code: str | None = None):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(response.json()) == {"error"}
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    assert (error["param"], error["code"]) == (param, code)
-    assert error["message"]
-    return error["message"]
-
-
-def test_answer_of_the_protocol(client, embedder):
-    answer = post(client, input=["one two", "three"]).json()
-    assert answer["object"] == "list"
-    assert answer["model"] == "hash"
-    assert answer["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
-    assert [entry["object"] for entry in answer["data"]] == ["embedding"] * 2
-    assert [entry["index"] for entry in answer["data"]] == [0, 1]
-    expected = embedder.outcome(EmbedItem("three")).vector
-    np.testing.assert_array_equal(np.float32(answer["data"][1]["embedding"]), expected)
-
-
-def test_base64_and_float_have_the_same_bits(client):
-    plain = post(client, input="text").json()["data"][0]["embedding"]
-    packed = post(client, input="text", encoding_format="base64").json()["data"][0]["embedding"]
-    assert base64.b64decode(packed) == np.array(plain, dtype="<f4").tobytes()
+def client():
+    return hash_client()
 
 
 @pytest.mark.parametrize(
-    ("given", "contents"),
+    "body",
     [
-        ("a b", ["a b"]),
-        (["a", "b"], ["a", "b"]),
-        ([1, 2], [(1, 2)]),
-        ([[1, 2], [99]], [(1, 2), (99,)]),
+        b"",
+        b"{",
+        b"[1]",
+        b'"text"',
+        b"null",
+        b"\xff\xfe",
+        b'{"input": "\xff"}',
+        b"[" * 50_000,
+        b"NaN",
     ],
 )
-def test_every_form_of_input(client, embedder, given, contents):
-    answer = post(client, input=given)
-    assert answer.status_code == 200
-    assert len(answer.json()["data"]) == len(contents)
-    assert [item.content for batch in embedder.batches for item in batch] == contents
-
-
-def test_the_role_and_the_instruction_reach_the_model(client, embedder):
-    post(client, input="a")
-    post(client, input="a", input_type="query")
-    post(client, input="a", input_type="query", instruction="Find it.")
-    items = [item for batch in embedder.batches for item in batch]
-    assert items == [
-        EmbedItem("a", "document"),
-        EmbedItem("a", "query"),
-        EmbedItem("a", "query", "Find it."),
-    ]
-
-
-def test_2048_inputs_are_served_in_order_and_one_more_is_refused(client, embedder):
-    texts = [f"text {number}" for number in range(2_048)]
-    answer = post(client, input=texts, encoding_format="base64").json()
-    expected = embedder.outcome(EmbedItem(texts[-1])).vector
-    assert base64.b64decode(answer["data"][-1]["embedding"]) == expected.tobytes()
-    assert max(len(batch) for batch in embedder.batches) == 4
-    message = assert_error(post(client, input=[*texts, "more"]), 400, param="input")
-    assert "2049 items" in message
-
-
-def test_over_length_is_refused_or_cut_as_asked(client):
-    texts = ["short", "word " * 11]
-    message = assert_error(post(client, input=texts), 400, param="input")
-    assert message == "input[1]: longer than the limit of 10 tokens"
-    answer = post(client, input=texts, truncate="end").json()
-    assert answer["usage"] == {"prompt_tokens": 11, "total_tokens": 11, "truncated_inputs": 1}
+@pytest.mark.parametrize("path", [EMBEDDINGS, "/v2/embed", "/embed", "/", "/tokenize"])
+def test_a_body_that_is_no_object_is_a_400(client, path, body):
+    assert_error(client.post(path, content=body, headers=JSON), 400)
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "part"),
+    "fields",
     [
-        ({"input": ""}, "input", "input[0] is empty"),
-        ({"input": []}, "input", "0 items"),
-        ({"input": ["a", ""]}, "input", "input[1] is empty"),
-        ({"input": [[1], []]}, "input", "input[1] is empty"),
-        ({"input": [1, 100]}, "input", "outside 0..99"),
-        ({"input": [[-1]]}, "input", "outside 0..99"),
-        ({"input": ["a", 1]}, "input", "must be a string"),
-        ({"input": [True]}, "input", "must be a string"),
-        ({"input": {"text": "a"}}, "input", "must be a string"),
-        ({"input": None}, "input", "must be a string"),
-        ({}, "input", "Field required"),
-        ({"input": "a", "dimensions": 8}, "dimensions", "24 dimensions and no others"),
-        ({"input": "a", "dimensions": "24"}, "dimensions", "integer"),
-        ({"input": "a", "encoding_format": "hex"}, "encoding_format", "base64"),
-        ({"input": "a", "input_type": "passage"}, "input_type", "query"),
-        ({"input": "a", "truncate": "start"}, "truncate", "end"),
-        ({"input": "a", "instruction": "Find."}, "instruction", "without instruction"),
-        ({"input": "a", "prompt": "x"}, "prompt", "unknown parameter"),
+        b'"input": "\\ud800"',
+        b'"input": "a", "instruction": "\\udfff"',
+        b'"input": "a", "\\ud800": 1',
     ],
 )
-def test_what_cannot_be_served_is_a_400_that_names_the_field(client, fields, param, part):
-    assert part in assert_error(post(client, **fields), 400, param=param)
-
-
-def test_the_models_own_dimension_may_be_asked_for(client):
-    assert post(client, input="a", dimensions=24).status_code == 200
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe", b"[" * 5_000])
-def test_a_body_that_is_no_object_is_a_400(client, body):
-    response = client.post(EMBEDDINGS, content=body, headers={"Content-Type": "application/json"})
-    assert_error(response, 400)
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        (b'"input": "\\ud800"', "input"),
-        (b'"input": "a", "input_type": "query", "instruction": "\\udfff"', "instruction"),
-        (b'"input": "a", "\\ud800": 1', None),
-    ],
-)
-def test_half_a_surrogate_pair_is_a_400(client, fields, param):
+def test_half_a_surrogate_pair_is_a_400(client, fields):
     body = b'{"model": "hash", ' + fields + b"}"
-    response = client.post(EMBEDDINGS, content=body, headers={"Content-Type": "application/json"})
-    assert_error(response, 400, param=param)
+    assert_error(client.post(EMBEDDINGS, content=body, headers=JSON), 400)
 
 
-def test_another_content_type_is_a_400(client):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input": [1.5] * 1_000_000},
+        {"input": [[None]] * 500_000},
+        {"input": [1] * 1_000_000 + ["a"]},
+        {f"field {number}": 1 for number in range(200_000)},
+        {"searches": [{"x": 1}] * 300_000},
+        {"queries": list(range(1_000_000))},
+    ],
+    ids=["numbers", "lists", "mixed", "fields", "objects", "queries"],
+)
+@pytest.mark.parametrize("path", [EMBEDDINGS, "/v1/search/batch", "/v1/search"])
+def test_a_million_mistakes_cost_no_more_than_one(path, fields):
+    # So that it is the mistakes that are found.
+    client = hash_client(limits={"max_request_tokens": 10**7, "max_queued_tokens": 10**7})
+    body = json.dumps({"model": "hash", **fields})
+    start = time.perf_counter()
+    response = client.post(path, content=body, headers=JSON)
+    assert response.status_code == 400
+    assert len(response.text) < 1_500
+    assert time.perf_counter() - start < 5  # collecting the mistakes takes longer by far
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "json", ""])
+def test_another_content_type_is_a_415(client, kind):
     body = json.dumps({"model": "hash", "input": "a"})
-    response = client.post(EMBEDDINGS, content=body, headers={"Content-Type": "text/plain"})
-    assert "Content-Type" in assert_error(response, 400)
+    response = client.post(EMBEDDINGS, content=body, headers={"Content-Type": kind})
+    assert "Content-Type" in assert_error(response, 415, code="media_type")
 
 
-def test_another_model_and_unknown_routes(client):
-    response = client.post(EMBEDDINGS, json={"model": "gpt", "input": "a"})
-    assert_error(response, 404, param="model", code="model_not_found")
-    assert "/nowhere" in assert_error(client.get("/nowhere"), 404)
-    wrong_method = client.get(EMBEDDINGS)
-    assert_error(wrong_method, 405)
-    assert wrong_method.headers["allow"] == "POST"
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/ld+json"])
+def test_what_is_json_by_any_name(client, kind):
+    body = json.dumps({"model": "hash", "input": "a"})
+    response = client.post(EMBEDDINGS, content=body, headers={"Content-Type": kind})
+    assert response.status_code == 200
 
 
-def test_failures_of_the_model_are_500_and_say_nothing_of_its_insides(client, embedder, model):
-    message = assert_error(post(client, input=["fine", "poison"]), 500, param="input")
-    assert message == "input[1]: the model failed on this input"
-    assert "not finite" in assert_error(post(client, input="nan"), 500)
-    unguarded = TestClient(create_app(embedder.embed, model), raise_server_exceptions=False)
-    assert "broke" not in assert_error(post(unguarded, input="poison"), 500)
+def test_unknown_routes_and_methods(client):
+    for path in ("/nowhere", "/v1/embeddings/", "/v1", "/docs/"):
+        assert "no such route" in assert_error(client.get(path), 404)
+    wrong = client.delete(EMBEDDINGS)
+    assert "POST" in assert_error(wrong, 405)
+    assert wrong.headers["allow"] == "POST"
+    assert client.delete("/").headers["allow"] == "GET, POST"
 
 
-def test_health_and_embeddings_wait_for_the_model(embedder, model):
-    ready = False
-    client = TestClient(create_app(embedder.embed, model, is_ready=lambda: ready))
-    for response in (client.get("/health"), post(client, input="a")):
-        assert_error(response, 503)
-        assert response.headers["retry-after"] == "1"
-    assert client.get("/v1/models").status_code == 200
-    ready = True
-    assert client.get("/health").json() == {"status": "ok"}
-    assert post(client, input="a").status_code == 200
+def test_failures_of_the_model_are_500_and_tell_nothing_of_its_insides(client, caplog):
+    def post(text):
+        return client.post(EMBEDDINGS, json={"model": "hash", "input": [text]})
+
+    assert "failed on it" in assert_error(post("poison"), 500, param="input")
+    assert "4711" not in assert_error(post("explode 4711"), 500)
+    assert "4711" not in caplog.text
+    assert "RuntimeError" in caplog.text
 
 
-def test_models(client):
-    assert client.get("/v1/models").json() == {
-        "object": "list",
-        "data": [
-            {
-                "id": "hash",
-                "object": "model",
-                "created": 0,
-                "owned_by": "reasonembed",
-                "dimensions": 24,
-                "max_query_tokens": 10,
-                "max_document_tokens": 10,
-            }
-        ],
+def test_a_body_over_the_limit_is_a_413():
+    client = hash_client(limits={"max_body_bytes": 100})
+    response = client.post(EMBEDDINGS, json={"model": "hash", "input": "word " * 100})
+    assert response.status_code == 413
+    assert response.json()["error"]["message"]
+
+
+def test_a_request_that_takes_too_long_is_a_408():
+    class Slow(Hashes):
+        async def embed(self, items, *, param="input", flow=""):
+            await asyncio.sleep(60)
+
+    client = hash_client(Slow(), limits={"timeout_s": 0.05})
+    response = client.post(EMBEDDINGS, json={"model": "hash", "input": "a"})
+    assert response.status_code == 408
+    assert response.json()["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("path", [EMBEDDINGS, "/v2/embed", "/embed"])
+def test_the_work_of_a_client_that_has_gone_is_cancelled(path):
+    bodies = {
+        EMBEDDINGS: {"model": "hash", "input": "a"},
+        "/v2/embed": {"model": "hash", "texts": ["a"], "input_type": "search_query"},
+        "/embed": {"inputs": "a"},
     }
+
+    async def scenario() -> bool:
+        started, cancelled, gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        class Endless(Hashes):
+            async def embed(self, items, *, param="input", flow=""):
+                started.set()
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    cancelled.set()
+                    raise
+
+        body = json.dumps(bodies[path]).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            raise AssertionError("nobody is there to be answered")
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 8000),
+        }
+        request = asyncio.create_task(create_app(hash_service(Endless()))(scope, receive, send))
+        await asyncio.wait_for(started.wait(), 10)
+        gone.set()
+        await asyncio.wait_for(cancelled.wait(), 10)
+        await asyncio.wait_for(asyncio.gather(request, return_exceptions=True), 10)
+        return cancelled.is_set()
+
+    assert asyncio.run(scenario())
+
+
+def test_the_reference_lists_every_route_and_asks_for_nothing(client):
+    answer = client.get("/docs")
+    assert answer.status_code == 200
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for path in client.get("/openapi.json").json()["paths"]:
+        assert f"<code>{path}</code>" in answer.text
+    assert "<script" not in answer.text
+    loads = re.findall(r'(?:src|href|action)="([^"]*)"|url\(|@import', answer.text)
+    assert set(loads) == {"openapi.json"}
 
 
 def test_the_service_needs_neither_torch_nor_ray():
     code = (
-        "import sys, reasonembed.serving.app, reasonembed.serving.batching, "
-        "reasonembed.serving.backend; sys.exit(bool({'torch', 'ray', 'transformers'} "
-        "& set(sys.modules)))"
+        "import sys, reasonembed.serving.app; "
+        "sys.exit(bool({'torch', 'ray', 'transformers', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(429, "overloaded"), (413, "request_too_large"), (503, "unavailable")]
+)
+def test_refusals_of_every_route_are_counted_once(status, code):
+    class Refusing(Hashes):
+        async def embed(self, items, *, param="input", flow=""):
+            raise ApiError(status, "no", code=code)
+
+    service = hash_service(Refusing())
+    client = TestClient(create_app(service), raise_server_exceptions=False)
+    requests = [
+        ("/v1/embeddings", {"model": "hash", "input": "a"}),
+        ("/embed", {"inputs": "a"}),
+        ("/v1/rerank", {"query": "a", "documents": ["b"]}),
+    ]
+    for path, body in requests:
+        assert client.post(path, json=body).status_code == status, path
+    assert client.get("/readyz").status_code == 503  # a probe is no request for work
+    found = service.metrics.registry.get_sample_value(
+        "reasonembed_rejected_total", {"reason": code}
+    )
+    assert found == len(requests)

@@ -13,17 +13,15 @@ import pytest
 import uvicorn
 
 from reasonembed.serving.app import create_app
-from reasonembed.serving.batching import MicroBatcher
-from reasonembed.serving.protocol import EmbedItem, ServedModel
-from tests.serving.hash_embedder import DIMENSION, HashEmbedder
+from reasonembed.serving.protocol import EmbedItem
+from tests.serving.api import DIMENSION, hash_service, vector_of
 
 
-@pytest.fixture
-def client(embedder: HashEmbedder, model: ServedModel) -> Iterator[openai.OpenAI]:
-    batcher = MicroBatcher(embedder.embed, max_texts=8, wait_s=0)
+@pytest.fixture(scope="module")
+def client() -> Iterator[openai.OpenAI]:
     listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(batcher.embed, model)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    app = create_app(hash_service())
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
@@ -37,23 +35,24 @@ def client(embedder: HashEmbedder, model: ServedModel) -> Iterator[openai.OpenAI
     thread.join()
 
 
-def test_embeddings_in_both_encodings(client: openai.OpenAI, embedder: HashEmbedder):
+def test_embeddings_in_both_encodings(client: openai.OpenAI):
     packed = client.embeddings.create(model="hash", input=["a b", "c"])
     plain = client.embeddings.create(model="hash", input=["a b", "c"], encoding_format="float")
     assert packed.usage.prompt_tokens == plain.usage.total_tokens == 3
     for text, one, other in zip(["a b", "c"], packed.data, plain.data, strict=True):
-        expected = embedder.outcome(EmbedItem(text)).vector
+        expected = vector_of(EmbedItem(text))
         assert len(one.embedding) == DIMENSION
         np.testing.assert_array_equal(np.float32(one.embedding), expected)
         np.testing.assert_array_equal(np.float32(other.embedding), expected)
 
 
-def test_extensions_go_through_extra_body(client: openai.OpenAI, embedder: HashEmbedder):
+def test_extensions_go_through_extra_body(client: openai.OpenAI):
     answer = client.embeddings.create(
         model="hash", input=[7], extra_body={"input_type": "query", "instruction": "Find."}
     )
-    expected = embedder.outcome(EmbedItem((7,), "query", "Find.")).vector
+    expected = vector_of(EmbedItem((7,), "query", "Find."))
     np.testing.assert_array_equal(np.float32(answer.data[0].embedding), expected)
+    assert answer.usage.model_extra == {"truncated_inputs": []}
 
 
 def test_errors_become_the_clients_own(client: openai.OpenAI):
@@ -63,9 +62,11 @@ def test_errors_become_the_clients_own(client: openai.OpenAI):
     with pytest.raises(openai.BadRequestError) as empty:
         client.embeddings.create(model="hash", input=[])
     assert empty.value.param == "input"
-    with pytest.raises(openai.InternalServerError, match="the model failed on this input"):
+    with pytest.raises(openai.InternalServerError, match="the model failed on it"):
         client.embeddings.create(model="hash", input="poison")
 
 
 def test_models(client: openai.OpenAI):
-    assert [model.id for model in client.models.list()] == ["hash"]
+    names = [model.id for model in client.models.list()]
+    assert names == ["hash", "org/hash", "hash:query", "hash:document"]
+    assert client.models.retrieve("org/hash").id == "org/hash"

@@ -1,0 +1,1 @@
+"""Routes by whose protocol they speak; each module gives a router over the service's parts."""
