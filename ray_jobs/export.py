@@ -1,5 +1,6 @@
 """Writes the trained model in the form that sentence-transformers, vLLM and the service load."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ def _export(
     learnt: Path,
     output: Path,
     instruction: str,
+    matryoshka: tuple[int, ...],
     texts: list[str],
 ) -> Exported:
     weights = resolve(encoder.model, cache_dir=cache_dir)
     return export(
         weights,
         learnt,
-        resolve_contract(weights, encoder),
+        replace(resolve_contract(weights, encoder), matryoshka_dimensions=matryoshka),
         output_dir=output,
         instruction=instruction,
         golden_texts=texts,
@@ -52,6 +54,7 @@ def run(job: Job) -> dict[str, Any]:
             learnt=(job.run.dir / "train" / "weights").absolute(),
             output=job.run.model_dir.absolute(),
             instruction=job.run.instruction,
+            matryoshka=job.run.config.train.matryoshka_dimensions,
             texts=golden,
         )
     )
