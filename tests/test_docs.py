@@ -60,7 +60,18 @@ SECTIONS = dict(sections()) | {
     "system": config.SystemConfig,
     "system.retrieve: {kind: hybrid}": config.HybridRetriever,
     "system.rerank": config.RerankConfig,
+    "serve": config.ServeConfig,
+    "serve.echo": config.EchoConfig,
+    "index": config.IndexConfig,
 }
+
+
+def own_fields(model):
+    """Its fields but for those of a class that is a section itself: they are described there."""
+    above = {
+        name for base in model.__bases__ if base in SECTIONS.values() for name in base.model_fields
+    }
+    return [name for name in model.model_fields if name not in above]
 
 
 def documented():
@@ -109,7 +120,7 @@ def test_every_section_and_no_other_is_documented():
 @pytest.mark.parametrize("path", SECTIONS, ids=lambda path: path or "top level")
 def test_every_field_of_a_section_and_no_other_is_documented(path):
     names = [row[0].strip("`") for row in documented()[path]]
-    assert names == list(SECTIONS[path].model_fields)
+    assert names == own_fields(SECTIONS[path])
 
 
 @pytest.mark.parametrize("path", SECTIONS, ids=lambda path: path or "top level")
