@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 LOOK_AHEAD = 8
 """Batches' worth of tokens among which a leader's company is chosen, and by which a request may
 get ahead of another: enough choice that padding stays small."""
-_HEAD_START = LOOK_AHEAD + 2
+HEAD_START = LOOK_AHEAD + 2
 """Batches' worth of virtual time by which a new request may go before those that wait: what is left
 of a bulk request may be as far behind as its company was chosen ahead, and a batch or so more."""
 _MAX_NEAR = 2_048
@@ -225,7 +225,7 @@ class FairQueue(Generic[_Text]):
         """Moves virtual time to the leader's tag, and further by each waiting request's share.
 
         While a request that was just served waits on, a new one begins before all that waits,
-        though by no more than `_HEAD_START`: a short query beside bulk requests is in the next
+        though by no more than `HEAD_START`: a short query beside bulk requests is in the next
         batch, and however many requests come and go, what waits comes to its turn.
         """
         self._now = max(self._now, batch[0].start)
@@ -239,7 +239,7 @@ class FairQueue(Generic[_Text]):
             first = min(heads, key=lambda head: head[:2])[2] if heads else batch[0]
             # Beside a single new text: those come in order of arrival.
             begin = first.start - (first.flow.is_served or first.flow.num_waiting > 1)
-            self._entry = max(min(self._now, begin), self._now - _HEAD_START * self._batch_tokens)
+            self._entry = max(min(self._now, begin), self._now - HEAD_START * self._batch_tokens)
 
     def _clear_away(self) -> None:
         """Rids the heaps of texts that were dropped."""
