@@ -167,7 +167,7 @@ class EmbeddingService:
         """
         if not items:
             raise ValueError("need at least one item")
-        with self._counted(), self._admission.reserve(self._estimate(items)) as room:
+        with _in_words(), self._admission.reserve(self._estimate(items)) as room:
             return await _Request(self, items, param, room, next(self._flows)).run()
 
     async def tokenise(self, texts: Sequence[str], work: Callable[[], _T]) -> _T:
@@ -180,7 +180,7 @@ class EmbeddingService:
         Raises:
             ApiError: 413 they are more than a request may hold, 429 the queue is full.
         """
-        with self._counted():
+        with _in_words():
             estimate = request_cost(_guess(EmbedItem(text)) for text in texts)
             self._admission.check_size(estimate)
             with self._admission.reserve(estimate) as room:
@@ -213,14 +213,6 @@ class EmbeddingService:
             room.keep_until(done)
             raise
         return cast(_T, result)
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Counts what is refused, and says a missing replica in the protocol's words."""
-        try:
-            yield
-        except Unavailable as error:
-            raise unavailable(f"no vectors can be had now: {error}") from error
 
     async def close(self) -> None:
         """Ends the threads; requests that are being tokenised finish doing so."""
@@ -338,6 +330,15 @@ class _Request:
         if is_computed:
             metrics.queue_seconds.observe(timings.queue_s)
             metrics.forward_seconds.observe(timings.forward_s)
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    """Says a missing replica in the protocol's words."""
+    try:
+        yield
+    except Unavailable as error:
+        raise unavailable(f"no vectors can be had now: {error}") from error
 
 
 def _guess(item: EmbedItem) -> int:

@@ -99,7 +99,7 @@ class Starting:
                 self._app = app
                 self._over.set()
                 await self._end.wait()
-        except Exception as error:
+        except Exception as error:  # told to whoever asks, and to who waits for the start
             logger.exception("The service cannot be assembled")
             self._failure = error
             self._over.set()

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import pytest
 
-import ray
 from benchmarks.load import Call, Load, run
 from ray import serve
-from ray_jobs.job import join_or_start
-from ray_jobs.serve import SURROUNDINGS, start
-from reasonembed.config import RuntimeConfig, ServeConfig
+from ray_jobs.serve import start
+from reasonembed.config import ServeConfig
 from reasonembed.serving.server import fetch
-from tests.ray.processes import ROOT, free_ports
+from tests.ray.processes import free_ports
+from tests.ray.serving import serve_here
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
@@ -37,14 +36,8 @@ OVERLOAD_S = 60.0
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    before = dict(os.environ)
-    os.environ.update(SURROUNDINGS, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
-    join_or_start(RuntimeConfig(logical_cpus=12, object_store_bytes=300_000_000))
-    yield
-    serve.shutdown()
-    ray.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with serve_here(logical_cpus=12, object_store_bytes=300_000_000):
+        yield
 
 
 @pytest.fixture(scope="module")

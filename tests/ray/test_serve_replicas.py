@@ -13,19 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ray
 import ray_jobs.serve
 from ray import serve
-from ray_jobs.job import join_or_start
-from ray_jobs.serve import SURROUNDINGS, failure, start
-from reasonembed.config import RuntimeConfig, ServeConfig
+from ray_jobs.serve import failure, start
+from reasonembed.config import ServeConfig
 from reasonembed.embedder.contract import CONTRACT_FILE, resolve_contract
 from reasonembed.embedder.encode import Embedder
 from reasonembed.embedder.golden import GOLDEN_FILE, write_golden
 from reasonembed.errors import ConfigError, ModelError
 from tests.embedder.tiny import encoder_config, save_checkpoint
 from tests.ray.odd_replicas import SlowEmbedder, StallingEmbedder
-from tests.ray.processes import ROOT, free_ports
+from tests.ray.processes import free_ports
+from tests.ray.serving import serve_here
 
 [PORT] = free_ports(1)
 APP = f"replicas-{os.getpid()}"
@@ -34,14 +33,8 @@ URL = f"http://127.0.0.1:{PORT}"
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    before = dict(os.environ)
-    os.environ.update(SURROUNDINGS, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
-    join_or_start(RuntimeConfig(logical_cpus=6, object_store_bytes=150_000_000))
-    yield
-    serve.shutdown()
-    ray.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with serve_here(logical_cpus=6, object_store_bytes=150_000_000):
+        yield
 
 
 def get(path):

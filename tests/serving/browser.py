@@ -108,17 +108,18 @@ def assembled(config: ServeConfig, *, rewriting: Any = None) -> FastAPI:
 
 
 @contextlib.contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The address of an app behind a real server."""
+def listening(app: FastAPI, *, http: str = "auto") -> Iterator[str]:
+    """The address of an app behind a real server; `http` is its parser."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+        config = uvicorn.Config(app, log_level="error", access_log=False, http=http)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + 10
         while not server.started and time.monotonic() < deadline:
             time.sleep(0.01)
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(10)

@@ -1,18 +1,15 @@
 import asyncio
 import base64
-import contextlib
 import gzip
 import json
 import logging
 import re
 import socket
-import threading
 import time
 from types import SimpleNamespace
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import BackgroundTasks, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 from hypothesis import HealthCheck, given, settings
@@ -27,6 +24,7 @@ from reasonembed.serving.metrics import Metrics
 from reasonembed.serving.middleware import SECURITY_HEADERS, install
 from reasonembed.serving.outgoing import Outgoing
 from reasonembed.serving.service import Timings
+from tests.serving.browser import listening
 
 LIMIT, BIG, ROOM = 1_000, 1_000_000, 4_000_000
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -755,29 +753,12 @@ def test_the_access_log_is_lines_of_json():
 # Over real sockets.
 
 
-@contextlib.contextmanager
-def served(site, http="auto"):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(site.app, log_level="error", access_log=False, http=http)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + 10
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(10)
-
-
 @pytest.mark.parametrize("http", ["auto", "h11"])
 def test_refusals_reach_clients_that_are_still_sending(key_file, http):
     site = Site(KeyFile(key_file.path))
     site.settings = ServeConfig(model="echo", limits={"max_body_bytes": 4_000_000})
     large, headers = b"x" * 6_000_000, bearer(key_file.key)
-    with served(site, http) as url, httpx.Client(base_url=url) as client:
+    with listening(site.app, http=http) as url, httpx.Client(base_url=url) as client:
         for _ in range(5):
             assert client.post("/echo", content=large).status_code == 401
             assert client.post("/echo", content=large, headers=headers).status_code == 413
@@ -789,7 +770,7 @@ def test_refusals_reach_clients_that_are_still_sending(key_file, http):
 
 def test_work_of_a_client_that_hangs_up_is_cancelled():
     site = Site()
-    with served(site) as url:
+    with listening(site.app) as url:
         with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=url, timeout=0.2) as client:
             client.post("/slow")
         deadline = time.monotonic() + 5
@@ -928,7 +909,7 @@ def test_an_answer_has_room_before_it_is_computed():
 def test_a_client_that_does_not_read_keeps_its_answer_counted():
     """Over sockets: a server hands everything to the system unless it is given parts."""
     site = Site()
-    with served(site) as url:
+    with listening(site.app) as url:
         slow = socket.create_connection(url[7:].split(":"))
         slow.sendall(b"POST /big?times=20 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
         deadline = time.monotonic() + 5

@@ -168,8 +168,10 @@ def test_a_free_lane_waits_for_nobody():
     async def scenario():
         model = GatedModel(is_open=False)
         replica = batcher(model, lanes=2)
+        calls = []
         for number in range(2):
-            asyncio.create_task(replica.embed([prepared(number)], flow=str(number)))  # noqa: RUF006
+            call = replica.embed([prepared(number)], flow=str(number))
+            calls.append(asyncio.create_task(call))
             await asyncio.sleep(0)
             await asyncio.sleep(0)  # one turn of the loop to line up, one to begin
             assert replica.status().busy_lanes == number + 1

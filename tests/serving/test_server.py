@@ -194,6 +194,19 @@ def start(*arguments):
     )
 
 
+def ask_for(url, num_words):
+    body = json.dumps({"model": "echo", "input": "word " * num_words}).encode()
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.Request(f"{url}/v1/embeddings", body, headers)
+
+
+def wait_ready(url, process):
+    deadline = time.monotonic() + 60
+    while fetch(f"{url}/readyz")[0] != 200:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+
+
 def test_in_process_answers_and_drains():
     """A request under way when the signal comes is answered."""
     port = free_port()
@@ -201,17 +214,11 @@ def test_in_process_answers_and_drains():
     answers = []
 
     def ask():
-        body = '{"model": "echo", "input": "' + "word " * 200 + '"}'
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{url}/v1/embeddings", body.encode(), headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(ask_for(url, 200), timeout=30) as answer:
             answers.append(answer.status)
 
     with start("--port", str(port), "--set", "echo.tokens_per_s=150") as process:
-        deadline = time.monotonic() + 60
-        while fetch(f"{url}/readyz")[0] != 200:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.1)
+        wait_ready(url, process)
         asking = threading.Thread(target=ask)
         asking.start()
         time.sleep(0.5)
@@ -241,20 +248,14 @@ def test_a_request_that_takes_longer_than_the_drain_is_told_so_and_the_process_e
     answers = []
 
     def ask():
-        body = '{"model": "echo", "input": "' + "word " * 2_000 + '"}'
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{url}/v1/embeddings", body.encode(), headers)
         try:
-            urllib.request.urlopen(request, timeout=60)
+            urllib.request.urlopen(ask_for(url, 2_000), timeout=60)
         except urllib.error.HTTPError as error:
             answers.append((error.code, error.headers["Retry-After"], json.loads(error.read())))
 
     settings = ["--set", "echo.tokens_per_s=50", "--set", "drain_s=1"]
     with start("--port", str(port), *settings) as process:
-        deadline = time.monotonic() + 60
-        while fetch(f"{url}/readyz")[0] != 200:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.1)
+        wait_ready(url, process)
         asking = threading.Thread(target=ask)
         asking.start()
         time.sleep(0.5)

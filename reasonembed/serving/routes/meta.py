@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Request, Response
@@ -21,7 +22,7 @@ from reasonembed.serving.describing import API_VERSION, examples
 from reasonembed.serving.errors import unavailable
 from reasonembed.serving.jsonroute import JsonRoute
 from reasonembed.serving.parts import Service
-from reasonembed.serving.protocol import EmbedItem, IndexInfo, ItemError, Preparer
+from reasonembed.serving.protocol import EmbedItem, ItemError, Preparer
 from reasonembed.serving.readiness import Readiness
 from reasonembed.serving.requests import TokenizeBody, check_contents
 from reasonembed.serving.roles import Role, split_name
@@ -169,7 +170,7 @@ def _info(service: Service) -> InfoAnswer:
         can_grade=service.grading is not None,
         tasks=list(TASKS),
         instructions={name: task.instruction for name, task in TASKS.items()},
-        indexes=[_index_entry(one) for one in indexes],
+        indexes=[IndexEntry.model_validate(asdict(one)) for one in indexes],
     )
 
 
@@ -198,17 +199,4 @@ def _speed_info(service: Service) -> SpeedInfo:
         short_tokens=service.settings.batching.short_tokens,
         short_query_waits_tokens=model.largest_pass_tokens,
         short_query_waits_s=model.largest_pass_s or None,
-    )
-
-
-def _index_entry(info: IndexInfo) -> IndexEntry:
-    return IndexEntry(
-        name=info.name,
-        num_documents=info.num_documents,
-        dimension=info.dimension,
-        model=info.model,
-        fingerprint=info.fingerprint,
-        task=info.task,
-        instruction=info.instruction,
-        kinds=list(info.kinds),
     )
