@@ -305,9 +305,11 @@ def on_all_cores(config: ServeConfig) -> ServeConfig:
 
 def drain(name: str) -> None:
     """Lets a service refuse new requests and end those under way, then removes it."""
-    with contextlib.suppress(RuntimeError, TimeoutError):  # no ingress is up that could be told
+    # No ingress is up that could be told, or somebody has removed the application.
+    with contextlib.suppress(RayServeException, RuntimeError, TimeoutError):
         serve.get_app_handle(name).broadcast("drain").results(timeout_s=5)
-    serve.delete(name)
+    if name in serve.status().applications:
+        serve.delete(name)
 
 
 def _end(name: str, *, is_ours: bool, is_joined: bool) -> None:

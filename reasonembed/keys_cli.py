@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from reasonembed.serving.keys import add_key, read_keys, remove_key
 
@@ -37,7 +38,7 @@ def list_keys(file: KeysFile) -> None:
     """Shows names, first digits of the hashes, and comments."""
     table = Table("name", "sha256", "comment")
     for key in read_keys(file):
-        table.add_row(key.name, f"{key.sha256[:12]}…", key.comment)
+        table.add_row(key.name, f"{key.sha256[:12]}…", Text(key.comment))
     _out.print(table)
 
 

@@ -14,10 +14,11 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from reasonembed.config import LimitsConfig
 from reasonembed.serving import middleware, openapi, page, reference
 from reasonembed.serving.errors import ApiError
 from reasonembed.serving.exchange import note_refusal
-from reasonembed.serving.jsonroute import invalid
+from reasonembed.serving.jsonroute import BodySize, invalid
 from reasonembed.serving.parts import Service
 from reasonembed.serving.protocol import stalled_after
 from reasonembed.serving.readiness import Readiness
@@ -46,8 +47,7 @@ def create_app(service: Service, *, sends_request_id: bool = True) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=_operation_id,
     )
-    limits = service.settings.limits
-    app.state.max_numbers = limits.max_request_tokens + limits.max_inputs  # a comma after each list
+    app.state.body_size = _body_size(service.settings.limits)
     _add_error_handlers(app)
     for module in (openai, cohere, tei, rerank, search):
         app.include_router(module.router(service))
@@ -58,6 +58,12 @@ def create_app(service: Service, *, sends_request_id: bool = True) -> FastAPI:
     mcp.mount(app, service)
     middleware.install(app, service, sends_request_id=sends_request_id)
     return app
+
+
+def _body_size(limits: LimitsConfig) -> BodySize:
+    """The largest that any route has a use for."""
+    numbers = limits.max_request_tokens + limits.max_inputs  # a comma after each list
+    return BodySize(numbers, strings=numbers + limits.max_excluded_ids)
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -124,15 +124,16 @@ def build_index(config: IndexConfig, *, work: Work) -> StoredIndex:
     out = Path(config.out).absolute()
     plan = _plan(config, out)
     scratch = _scratch(out)
-    if not _is_built(out, plan.identity):
-        with locked(scratch):
-            folder = scratch / "index"
-            shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed as it wrote
-            about = _write(plan, folder, work)
-            folder.rename(out)
-        work.reporter.say(f"  {about.num_documents:,} documents in {out}")
-    else:
+    if _is_built(out, plan.identity):
         work.reporter.say(f"  {out} is up to date")
+    else:
+        with locked(scratch):
+            if not _is_built(out, plan.identity):  # by another process, a moment ago
+                folder = scratch / "index"
+                shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed as it wrote
+                about = _write(plan, folder, work)
+                folder.rename(out)
+                work.reporter.say(f"  {about.num_documents:,} documents in {out}")
     shutil.rmtree(scratch, ignore_errors=True)
     return StoredIndex.load(out)
 

@@ -218,6 +218,8 @@ class LocalPart:
                 taken = [(one, one.next_rows(share)) for one in turn]
                 if taken:
                     await self._one_product(taken)
+                    # Those that found no place come first now, and who has more to ask, last.
+                    self._waiting = self._waiting[len(turn) :] + turn
         finally:
             self._turn = None
 

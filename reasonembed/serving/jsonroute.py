@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -16,8 +17,17 @@ from starlette.datastructures import Headers
 
 from reasonembed.serving.errors import ApiError
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*,?', re.DOTALL)
+# One without an end is matched as well: else the search would begin again at each of its quotes.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"\s*,?|\\?\Z)', re.DOTALL)
 _SHOWN = 64  # characters of a field's name that an answer repeats
+
+
+@dataclass(frozen=True)
+class BodySize:
+    """What a body may hold; an app has it as `state.body_size`."""
+
+    numbers: int
+    strings: int
 
 
 class _JsonRequest(Request):
@@ -45,7 +55,7 @@ class JsonRoute(APIRoute):
             request = _JsonRequest(request.scope, request.receive)
             if model is not None and (body := await request.body()):
                 check_content_type(request.headers)
-                _check_numbers(body, getattr(request.app.state, "max_numbers", None))
+                _check_size(body, getattr(request.app.state, "body_size", None))
             try:
                 return await handle(request)
             except RequestValidationError as error:
@@ -87,24 +97,30 @@ def invalid(errors: Sequence[Mapping[str, Any]], model: type[BaseModel] | None =
     return ApiError(400, f"{'.'.join(location)[:_SHOWN]}: {first['msg']}", param=field)
 
 
-def _check_numbers(body: bytes, limit: int | None) -> None:
-    """Counts numbers (and lists and objects) by the commas after them, in some milliseconds.
+def _check_size(body: bytes, most: BodySize | None) -> None:
+    """Counts numbers (and lists and objects) by the commas after them, and strings.
 
     To read millions takes half a second, and no thread could do it beside the loop: the reader
-    keeps the interpreter to itself.
+    keeps the interpreter to itself. So the counting stops where there are too many, too.
 
     Raises:
         ApiError: 413.
     """
-    if limit is None or body.count(b",") <= limit:
+    if most is None or body.count(b",") <= most.numbers:
         return
-    if _STRING.sub(b"", body).count(b",") > limit:
-        raise ApiError(
-            413,
-            f"the body holds more than {limit} numbers, and a request may hold as many token ids "
-            "(max_request_tokens); send them in parts",
-            code="request_too_large",
-        )
+    rest, strings = _STRING.subn(b"", body, count=most.strings + 1)
+    if strings > most.strings:
+        what = f"{most.strings} strings"
+    elif rest.count(b",") > most.numbers:
+        what = f"{most.numbers} numbers"
+    else:
+        return
+    raise ApiError(
+        413,
+        f"the body holds more than {what}, over what a request of the largest size may hold "
+        "(max_request_tokens); send it in parts",
+        code="request_too_large",
+    )
 
 
 def _body_model(route: APIRoute) -> type[BaseModel] | None:

@@ -104,7 +104,7 @@ class Edge:
     async def _handle(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         client = _Client(receive, answer, self._bodies)
         try:
-            await self._pass(scope, client, answer)
+            await self._pass_or_tell(scope, client, answer)
         except _Gone:
             answer.exchange.status = GONE
         except asyncio.CancelledError:
@@ -112,17 +112,28 @@ class Edge:
                 await self._end(answer)
                 raise
             answer.exchange.status = GONE
-        except ApiError as error:
-            await answer.write(error)  # the server reads and drops what is left of the body
-        except Exception as error:  # the process boundary
-            answer.exchange.status = 500
-            log.error("%s failed: %s", answer.exchange.request_id, _without_texts(error))
-            log.debug("%s", answer.exchange.request_id, exc_info=error)
-            await answer.write(ApiError(500, "the server failed; its log says why"))
         finally:
             client.close()
             answer.exchange.held.close()
             answer.end()
+
+    async def _pass_or_tell(self, scope: Scope, client: _Client, answer: _Answer) -> None:
+        """To the route; what stands in the way is the answer.
+
+        Raises:
+            _Gone: The client has gone, or reads no more, be it the error.
+        """
+        try:
+            await self._pass(scope, client, answer)
+        except _Gone:
+            raise
+        except ApiError as error:
+            await answer.write(error)  # the server reads and drops what is left of the body
+        except Exception as error:  # the process boundary
+            answer.exchange.status = 500
+            log.error("%s failed: %s", answer.exchange.request_id, without_texts(error))
+            log.debug("%s", answer.exchange.request_id, exc_info=error)
+            await answer.write(ApiError(500, "the server failed; its log says why"))
 
     async def _end(self, answer: _Answer) -> None:
         """To a cancellation by whoever runs this app: its server stops, and says so to a client.
@@ -163,12 +174,10 @@ class Edge:
             ApiError: 429.
         """
         if scope["method"] not in ("GET", "HEAD") and self.outgoing.is_full:
-            raise _Refused(
-                429,
+            raise _busy(
                 "answers that their clients have not read fill max_answer_bytes; send the request "
                 "again later",
-                code="overloaded",
-                headers=overloaded("", retry_after_s=RETRY_AFTER_S).headers,
+                retry_after_s=RETRY_AFTER_S,
             )
 
     def _admit(self, scope: Scope, exchange: Exchange) -> None:
@@ -183,7 +192,7 @@ class Edge:
             if not self._service.settings.allow_anonymous:
                 _check_host(headers)
             return
-        if _path(scope) in OPEN_PATHS:
+        if path_of(scope) in OPEN_PATHS:
             return
         sent = list(_sent_keys(headers))
         exchange.key_name = next(filter(None, map(keys.name_of, sent)), None)
@@ -216,7 +225,7 @@ class _Answer:
         elif message["type"] == "http.response.body":
             await self._send_body(message.get("body", b""), message.get("more_body", False))
             return
-        await self._send(message)
+        await self._send_part(message)  # the begin, too, may wait for an earlier answer's reader
 
     async def _send_body(self, body: bytes, more_body: bool) -> None:
         """In parts: a server waits before each until the client has read most of the last one.
@@ -444,8 +453,8 @@ def _unauthenticated(headers: Headers, *, is_sent: bool) -> ApiError:
         else "an API key is needed: send Authorization: Bearer KEY, or X-API-Key: KEY"
     )
     # A browser that opens the page asks its user for a name (any) and a password (the key).
-    is_page = "text/html" in headers.get("accept", "")
-    challenge = 'Basic realm="reasonembed", charset="UTF-8"' if is_page else "Bearer"
+    is_browser = wants_page(headers)
+    challenge = 'Basic realm="reasonembed", charset="UTF-8"' if is_browser else "Bearer"
     return _Refused(401, message, code="invalid_api_key", headers={"www-authenticate": challenge})
 
 
@@ -467,13 +476,16 @@ def _too_large(limits: LimitsConfig) -> ApiError:
 
 
 def _full(maximum: int) -> ApiError:
-    return _Refused(
-        429,
+    return _busy(
         f"bodies of other requests fill the {maximum:,} bytes that there are for them; send the "
         "request again later",
-        code="overloaded",
-        headers={"Retry-After": "1"},
+        retry_after_s=1.0,
     )
+
+
+def _busy(message: str, *, retry_after_s: float) -> ApiError:
+    error = overloaded(message, retry_after_s=retry_after_s)
+    return _Refused(error.status, message, code=error.code, headers=error.headers)
 
 
 def _exceeds(digits: str, limit: int) -> bool:
@@ -482,7 +494,13 @@ def _exceeds(digits: str, limit: int) -> bool:
     return len(digits) > len(str(limit)) or int(digits or "0") > limit
 
 
-def _path(scope: Scope) -> str:
+def wants_page(headers: Headers) -> bool:
+    """Whether a person reads the answer, in a browser."""
+    return "text/html" in headers.get("accept", "")
+
+
+def path_of(scope: Scope) -> str:
+    """A request's path below where the app is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "").rstrip("/"))
 
@@ -498,10 +516,10 @@ def _route_of(scope: Scope) -> str:
     return _CONVERTER.sub("}", template) or "/"
 
 
-def _without_texts(error: BaseException) -> str:
+def without_texts(error: BaseException) -> str:
     """Types and places of an exception and its causes; messages may hold texts of users."""
     lines = [f"{type(error).__module__}.{type(error).__qualname__}"]
     lines += [line.rstrip() for line in traceback.format_tb(error.__traceback__)]
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     inner = [*getattr(error, "exceptions", ()), *([cause] if cause is not None else [])]
-    return "\n".join([*lines, *(f"because of {_without_texts(one)}" for one in inner)])
+    return "\n".join([*lines, *(f"because of {without_texts(one)}" for one in inner)])

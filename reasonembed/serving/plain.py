@@ -11,16 +11,24 @@ if TYPE_CHECKING:
 
 
 async def write(send: Send, status: int, body: object, headers: Mapping[str, str]) -> None:
+    """Sends a whole answer of JSON; see `write_text`."""
+    await write_text(send, status, json.dumps(body), headers, kind="application/json")
+
+
+async def write_text(
+    send: Send, status: int, text: str, headers: Mapping[str, str], *, kind: str
+) -> None:
     """Sends a whole answer.
 
     Args:
         send: Of ASGI.
         status: Of HTTP.
-        body: JSON of the answer.
+        text: The answer.
         headers: Beside type and length.
+        kind: Of content.
     """
-    payload = json.dumps(body).encode()
-    fields = {"content-type": "application/json", "content-length": str(len(payload))}
+    payload = text.encode()
+    fields = {"content-type": kind, "content-length": str(len(payload))}
     fields |= {key.lower(): value for key, value in headers.items()}
     start: Message = {
         "type": "http.response.start",

@@ -26,8 +26,9 @@ def too_long(*, role: str, limit: int, count: str) -> ItemError:
     """Refuses an input over the limit that may not be cut; `count` says how many tokens it has."""
     return ItemError(
         f"longer than the limit of {limit} tokens for a {role}: it has {count}, template and "
-        "special tokens included; shorten it, or set truncate to 'end' or 'start'",
+        "special tokens included; shorten it",
         is_callers_fault=True,
+        is_too_long=True,
     )
 
 

@@ -64,10 +64,13 @@ class ItemError:
     Attributes:
         message: For the caller; does not name the position, which only the request knows.
         is_callers_fault: Whether another input would do (400) or the model failed (500).
+        is_too_long: Whether it would do as well if the request let it be cut, in whose words
+            only the request knows.
     """
 
     message: str
     is_callers_fault: bool
+    is_too_long: bool = False
 
 
 class Preparer(Protocol):

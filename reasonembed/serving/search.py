@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ FUSION_DEPTH = 100
 """Results of each retriever that a hybrid search fuses, where no more are asked for."""
 NO_INDEX = "this service has no index; give it one with --index"
 _CHARACTERS_A_TOKEN = 16  # of a query that is read before it is cut into tokens; 4 are usual
+_READ = 512  # documents of a call: others' come in between, and their sizes are counted in no time
 _GRADED = 4  # largest requests whose documents the annotator may have before it
 _REWRITTEN = 256  # queries that the LLM may have before it: some minutes of its work
 _PARTS = ("tokenize", "rewrite", "encode", "search", "rerank")
@@ -115,6 +117,7 @@ class SearchService:
         served = self.index(index)
         kind = self._kind(served.info, wanted)
         self._check_amount(asked, wanted)
+        self._check_instructions(asked)
         asked = self._readable(asked, kind, wanted)
         if not asked:
             return Searched(served.info, kind, (), dict.fromkeys(_PARTS, 0.0), 0)
@@ -187,20 +190,54 @@ class SearchService:
                 )
                 raise ApiError(400, message, param=param)
 
+    def _check_instructions(self, asked: Sequence[Asked]) -> None:
+        """Refuses instructions that the model does not take, before anything is paid for.
+
+        Raises:
+            ApiError: 400: there is one.
+        """
+        model = self.embeddings.model
+        if not model.takes_instruction and any(one.instruction is not None for one in asked):
+            message = f"instruction: {model.name} takes no instruction; leave it out"
+            raise ApiError(400, message, param="instruction")
+
+    @property
+    def longest_query(self) -> int:
+        """Characters of a query that words are searched with or an LLM reads, which take it whole.
+
+        An annotator reads it again with every document.
+        """
+        return self.embeddings.model.max_query_tokens * _CHARACTERS_A_TOKEN
+
+    def check_size(self, num_bytes: int, wanted: Wanted) -> None:
+        """Refuses what no answer may hold.
+
+        Raises:
+            ApiError: 400: the hits' documents are too large together.
+        """
+        limit = self._limits.max_answer_bytes
+        if num_bytes > limit:
+            message = (
+                f"the documents of the hits make more than {limit} bytes (max_answer_bytes); ask "
+                "for fewer hits, send fewer queries at once, or read documents one by one"
+            )
+            raise ApiError(400, message, param=wanted.top_k_param)
+
     def _readable(self, asked: Sequence[Asked], kind: Kind, wanted: Wanted) -> Sequence[Asked]:
         """Queries no longer than makes sense where other readers than the embedder take them whole.
 
         Raises:
             ApiError: 400 one is longer and may not be cut.
         """
-        limit = self.embeddings.model.max_query_tokens * _CHARACTERS_A_TOKEN
-        if kind == "dense" and not wanted.rewrite:
+        limit = self.longest_query
+        if kind == "dense" and not wanted.rewrite and not wanted.is_graded:
             return asked
         for number, one in enumerate(asked):
             if len(one.query) > limit and wanted.truncate == "none":
                 message = (
                     f"{wanted.param}[{number}]: longer than the limit of {limit} characters of a "
-                    "query that is searched by words or rewritten; shorten it, or set truncate"
+                    "query that is searched by words, rewritten or graded by; shorten it, or set "
+                    "truncate"
                 )
                 raise ApiError(400, message, param=wanted.param)
         kept = slice(-limit, None) if wanted.truncate == "start" else slice(limit)
@@ -245,6 +282,7 @@ class _Search:
     truncated: frozenset[int] = frozenset()
     timings: Timings = field(default_factory=Timings)
     documents: dict[int, StoredDocument] = field(default_factory=dict)
+    num_bytes: int = 0
 
     async def run(self) -> Searched:
         """The answer."""
@@ -268,6 +306,7 @@ class _Search:
                 sorted(self.truncated.union(n for n, one in enumerate(self.asked) if one.is_cut))
             ),
             self.timings,
+            self.num_bytes,
         )
 
     @contextmanager
@@ -334,9 +373,6 @@ class _Search:
     def _instruction(self, one: Asked) -> str | None:
         model = self.service.embeddings.model
         if not model.takes_instruction:
-            if one.instruction is not None:
-                message = f"instruction: {model.name} takes no instruction; leave it out"
-                raise ApiError(400, message, param="instruction")
             return None  # a task still tells the LLM what is asked
         if one.instruction is not None:
             return one.instruction
@@ -463,14 +499,32 @@ class _Search:
     async def _read(self, candidates: Sequence[Sequence[_Candidate]]) -> None:
         """Gets the documents of candidates that are not there yet."""
         positions = {each.position for row in candidates for each in row}
-        missing = sorted(positions - self.documents.keys())
-        if missing:
-            read = await self.served.documents(missing)
-            self.documents.update(zip(missing, read, strict=True))
+        await self._read_at(sorted(positions - self.documents.keys()))
+
+    async def _read_at(self, positions: Sequence[int]) -> None:
+        if positions:
+            read = await self.served.documents(positions)
+            self.documents.update(zip(positions, read, strict=True))
+
+    async def _read_hits(self, candidates: Sequence[Sequence[_Candidate]]) -> None:
+        """Gets the documents of an answer, some at a time, as long as they are not too large.
+
+        Raises:
+            ApiError: 400 they are.
+        """
+        times = Counter(each.position for row in candidates for each in row)
+        positions = sorted(times)
+        for start in range(0, len(positions), _READ):
+            some = positions[start : start + _READ]
+            await self._read_at([one for one in some if one not in self.documents])
+            self.num_bytes += sum(
+                times[one] * len(self.documents[one].text.encode()) for one in some
+            )
+            self.service.check_size(self.num_bytes, self.wanted)
 
     async def _hits(self, candidates: Sequence[Sequence[_Candidate]]) -> list[tuple[Hit, ...]]:
         if self.wanted.with_documents:
-            await self._read(candidates)
+            await self._read_hits(candidates)
         documents = self.documents if self.wanted.with_documents else {}
         return await aside(
             sum(map(len, candidates)),

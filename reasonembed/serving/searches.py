@@ -121,6 +121,7 @@ class Searched:
         num_tokens: Embedded.
         truncated: Positions of the queries that were cut.
         timings: Of the embedder, in seconds.
+        num_bytes: Of the hits' documents.
     """
 
     info: IndexInfo
@@ -130,3 +131,4 @@ class Searched:
     num_tokens: int
     truncated: tuple[int, ...] = ()
     timings: Timings = field(default_factory=Timings)
+    num_bytes: int = 0

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -151,7 +151,13 @@ class EmbeddingService:
         """Measured speed of all replicas together."""
         return self._admission.tokens_per_s
 
-    async def embed(self, items: Sequence[EmbedItem], *, param: str = "input") -> Embedded:
+    async def embed(
+        self,
+        items: Sequence[EmbedItem],
+        *,
+        param: str = "input",
+        cutting: str = "set truncate to 'end' or 'start'",
+    ) -> Embedded:
         """Vectors of a request's inputs; full length, as the model gives them.
 
         Cancelling it gives its room back, at once or as soon as no thread has its texts any more,
@@ -160,6 +166,7 @@ class EmbeddingService:
         Args:
             items: At least one.
             param: The request's field that they come from, for messages: "input[3]: …".
+            cutting: What would let a text be cut that is too long, in the words of the protocol.
 
         Raises:
             ApiError: 400 an input cannot be embedded, 413 it holds more than a request may, 429
@@ -168,7 +175,7 @@ class EmbeddingService:
         if not items:
             raise ValueError("need at least one item")
         with _in_words(), self._admission.reserve(self._estimate(items)) as room:
-            return await _Request(self, items, param, room, next(self._flows)).run()
+            return await _Request(self, items, param, cutting, room, next(self._flows)).run()
 
     async def tokenise(self, texts: Sequence[str], work: Callable[[], _T]) -> _T:
         """Runs what tokenises texts for no vectors: under the bounds that requests for them have.
@@ -210,6 +217,7 @@ class EmbeddingService:
             result = await asyncio.shield(done)
         except asyncio.CancelledError:
             is_gone.set()
+            done.add_done_callback(_forget)
             room.keep_until(done)
             raise
         return cast(_T, result)
@@ -234,6 +242,7 @@ class _Request:
     service: EmbeddingService
     items: Sequence[EmbedItem]
     param: str
+    cutting: str
     room: Reservation
     flow: str
 
@@ -269,7 +278,9 @@ class _Request:
         if isinstance(outcome, Prepared):
             return outcome
         status = 400 if outcome.is_callers_fault else 500
-        raise ApiError(status, f"{self.param}[{index}]: {outcome.message}", param=self.param)
+        cure = f", or {self.cutting}" if outcome.is_too_long else ""
+        message = f"{self.param}[{index}]: {outcome.message}{cure}"
+        raise ApiError(status, message, param=self.param)
 
     def _look_up(
         self, inputs: Sequence[Prepared], keys: Sequence[bytes], vectors_ND: Vectors
@@ -339,6 +350,12 @@ def _in_words() -> Iterator[None]:
         yield
     except Unavailable as error:
         raise unavailable(f"no vectors can be had now: {error}") from error
+
+
+def _forget(done: asyncio.Future[Any]) -> None:
+    """Else the loop logs a failure that nobody waits for, and its message may hold texts."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _guess(item: EmbedItem) -> int:

@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import logging
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from reasonembed.errors import explain, is_expected
 from reasonembed.serving.errors import unavailable
 from reasonembed.serving.exchange import UNMATCHED, Exchange
-from reasonembed.serving.middleware import SECURITY_HEADERS
-from reasonembed.serving.plain import write
+from reasonembed.serving.middleware import SECURITY_HEADERS, path_of, wants_page
+from reasonembed.serving.plain import write, write_text
 
 logger = logging.getLogger(__name__)
 
 _OPEN = ("/livez", "/health")
+_RETRY_S = 2
+_PAGE = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="{_RETRY_S}">
+<title>ReasonEmbed</title>
+</head>
+<body>
+<h1>ReasonEmbed</h1>
+<p role="status">Please wait: %s. This page tries again by itself.</p>
+</body>
+</html>
+"""
 
 
 class Starting:
     """An ASGI app that becomes another one.
 
     Until that one is assembled, `/livez` and `/health` answer 200 and everything else 503 with the
-    reason; afterwards every request goes to it. Its lifespan is kept in one task, as frameworks
+    reason, which a browser at `/` shows as a page that loads itself again; afterwards every request
+    goes to it. Its lifespan is kept in one task, as frameworks
     with task groups ask for.
 
     Args:
@@ -118,15 +136,20 @@ class Starting:
         headers = SECURITY_HEADERS | exchange.headers()
         if not self._sends_request_id:
             del headers["x-request-id"]
-        if scope["path"] in _OPEN:
+        if path_of(scope) in _OPEN:
             status = "ending" if self._is_draining else "starting"
             await write(send, 200, {"status": status}, headers)
             return
         said = "ending" if self._is_draining else f"starting: {self._reason()}"
-        error = unavailable(f"the service is {said}", retry_after_s=2.0)
+        error = unavailable(f"the service is {said}", retry_after_s=_RETRY_S)
         exchange.status = error.status
         exchange.log(UNMATCHED)
-        await write(send, error.status, error.body(), headers | error.headers)
+        headers |= error.headers
+        if scope["method"] == "GET" and path_of(scope) == "/" and wants_page(Headers(scope=scope)):
+            page = _PAGE % html.escape(error.message)
+            await write_text(send, error.status, page, headers, kind="text/html; charset=utf-8")
+        else:
+            await write(send, error.status, error.body(), headers)
 
     def _reason(self) -> str:
         if self._failure is None:

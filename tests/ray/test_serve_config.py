@@ -12,12 +12,14 @@ import ray_jobs.serve
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app as build_for_ray
 from ray.serve.config import HTTPOptions
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema, ServeStatus
 from ray_jobs.serve import (
     _routes,
     _wait_ready,
     build_app,
     check_room,
+    drain,
     failure,
     logical_cpus,
     on_all_cores,
@@ -189,6 +191,19 @@ def test_another_error_is_for_the_operator_alone():
     assert why_not_running(account(other), "x") is None
     assert "secret" in str(failure(account(other), "x"))
     assert "removed" in str(failure(account(), "y"))
+
+
+def test_a_service_that_somebody_has_removed_is_no_failure_at_the_end(monkeypatch):
+    def gone(name):
+        raise RayServeException(f"Application {name!r} does not exist.")
+
+    def nothing_to_delete(name):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(ray_jobs.serve.serve, "get_app_handle", gone)
+    monkeypatch.setattr(ray_jobs.serve.serve, "delete", nothing_to_delete)
+    monkeypatch.setattr(ray_jobs.serve.serve, "status", ServeStatus)
+    drain("x")
 
 
 def test_a_service_that_runs_where_nothing_answers_is_no_endless_wait(monkeypatch):

@@ -74,7 +74,7 @@ class Hashes:
         pass
 
     async def embed(
-        self, items: Sequence[Any], *, param: str = "input", flow: str = ""
+        self, items: Sequence[Any], *, param: str = "input", cutting: str = "", flow: str = ""
     ) -> Embedded | Forwarded:
         if flow:
             return Forwarded(np.zeros((len(items), DIMENSION), np.float32))
@@ -84,7 +84,8 @@ class Hashes:
             if "poison" in str(item.content):
                 raise ApiError(500, f"{param}[{index}]: the model failed on it", param=param)
             if one.is_truncated and item.truncate == "none":
-                raise ApiError(400, f"{param}[{index}]: longer than {LIMIT} tokens", param=param)
+                message = f"{param}[{index}]: longer than {LIMIT} tokens; {cutting}"
+                raise ApiError(400, message, param=param)
         if "explode" in str(items[0].content):
             raise RuntimeError(str(items))
         return Embedded(

@@ -79,6 +79,29 @@ def test_a_million_mistakes_cost_no_more_than_one(path, fields):
     assert time.perf_counter() - start < 5  # collecting the mistakes takes longer by far
 
 
+COMMAS = b'{"input":["' + b"," * 110_000 + b'","'
+"""Many of them, which are looked at more closely, and then a text that does not end."""
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "part"),
+    [
+        (COMMAS + b'\\"' * 200_000, 400, "not valid JSON"),
+        (COMMAS + b'\\"' * 200_000 + b"\\", 400, "not valid JSON"),
+        (b'{"input":[' + b",".join([b'"a"'] * 1_000_000) + b"]}", 413, "strings"),
+        (b'{"input":[' + b",".join([b"7"] * 1_000_000) + b"]}", 413, "numbers"),
+        (b'{"input":["' + b"a, " * 1_000_000 + b'"]}', 400, "model is missing"),
+    ],
+    ids=["quotes", "quotes and a stroke", "strings", "numbers", "commas in a text"],
+)
+def test_what_a_body_holds_is_counted_soon(body, status, part):
+    client = hash_client(limits={"max_request_tokens": 10**5, "max_queued_tokens": 10**5})
+    start = time.perf_counter()
+    response = client.post(EMBEDDINGS, content=body, headers=JSON)
+    assert response.status_code == status and part in response.json()["error"]["message"]
+    assert time.perf_counter() - start < 5
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "json", ""])
 def test_another_content_type_is_a_415(client, kind):
     body = json.dumps({"model": "hash", "input": "a"})
@@ -121,7 +144,7 @@ def test_a_body_over_the_limit_is_a_413():
 
 def test_a_request_that_takes_too_long_is_a_408():
     class Slow(Hashes):
-        async def embed(self, items, *, param="input", flow=""):
+        async def embed(self, items, *, param="input", cutting="", flow=""):
             await asyncio.sleep(60)
 
     client = hash_client(Slow(), limits={"timeout_s": 0.05})
@@ -142,7 +165,7 @@ def test_the_work_of_a_client_that_has_gone_is_cancelled(path):
         started, cancelled, gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
         class Endless(Hashes):
-            async def embed(self, items, *, param="input", flow=""):
+            async def embed(self, items, *, param="input", cutting="", flow=""):
                 started.set()
                 try:
                     await asyncio.Event().wait()
@@ -210,7 +233,7 @@ def test_the_service_needs_neither_torch_nor_ray():
 )
 def test_refusals_of_every_route_are_counted_once(status, code):
     class Refusing(Hashes):
-        async def embed(self, items, *, param="input", flow=""):
+        async def embed(self, items, *, param="input", cutting="", flow=""):
             raise ApiError(status, "no", code=code)
 
     service = hash_service(Refusing())

@@ -84,7 +84,8 @@ def test_cut_texts_are_named(client):
     long = "word " * (LIMIT + 1)
     answer = post(client, texts=["a", long]).json()
     assert answer["meta"]["warnings"] == ["texts[1] was cut"]
-    assert_error(post(client, texts=["a", long], truncate="NONE"), 400, param="texts")
+    message = assert_error(post(client, texts=["a", long], truncate="NONE"), 400, param="texts")
+    assert "set truncate to 'END' or 'START'" in message
 
 
 def test_a_shorter_length(client):

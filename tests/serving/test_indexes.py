@@ -139,6 +139,29 @@ def test_a_large_search_does_not_hold_up_a_small_one(stored):
     assert_equal(single, stored.dense(queries(1, 7), k=3))
 
 
+def test_a_small_search_waits_for_no_large_one_however_many_there_are(stored):
+    watched = Watched(stored, held=True)
+    part = LocalPart(watched, rows=2)
+    order = []
+
+    async def noted(name, rows):
+        await part.dense(queries(rows, name), k=3, excluded=[])
+        order.append(name)
+
+    async def scenario():
+        first = asyncio.create_task(noted(0, 4))
+        await watched.until_entered()
+        others = [asyncio.create_task(noted(name, 4)) for name in (1, 2, 3)]
+        others.append(asyncio.create_task(noted(9, 1)))
+        await asyncio.sleep(0)
+        watched.free.release(100)
+        await asyncio.gather(first, *others)
+
+    asyncio.run(scenario())
+    assert order[0] == 9
+    assert sum(watched.rows) == 17
+
+
 def test_a_cancelled_search_is_never_made_and_others_go_on(stored):
     watched = Watched(stored, held=True)
     part = LocalPart(watched)

@@ -251,6 +251,12 @@ def test_the_command(path):
     )
 
 
+def test_a_comment_is_shown_as_it_is(path):
+    add_key(path, "ann", comment="[/] [red]laptop")
+    listed = CliRunner().invoke(keys_cli.app, ["list", str(path)])
+    assert listed.exit_code == 0 and "[/] [red]laptop" in listed.stdout
+
+
 def test_the_command_is_reached():
     from reasonembed.cli import app
 

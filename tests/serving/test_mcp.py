@@ -7,13 +7,15 @@ import socket
 from collections.abc import AsyncIterator
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
 from reasonembed.serving.app import create_app
+from reasonembed.tasks import TASKS
 from tests.serving.api import assert_error
-from tests.serving.shelf import DOCUMENTS, QUERIES, shelf, shelf_service
+from tests.serving.shelf import DOCUMENTS, INSTRUCTION, QUERIES, shelf, shelf_service, vectors_of
 
 ACCEPT = {"Accept": "application/json, text/event-stream"}
 
@@ -82,13 +84,27 @@ def test_a_client_searches_and_fetches(mode):
 
 
 def test_excluded_documents_and_tasks():
+    index, vectors = shelf(), []
+    dense = index.dense
+
+    async def noted(queries_QD, **fields):
+        vectors.append(queries_QD)
+        return await dense(queries_QD, **fields)
+
+    index.dense = noted
+
     async def scene():
-        async with connected(shelf()) as (client, _):
+        async with connected(index) as (client, _):
             found = await results_of(client, query=QUERIES[0], excluded_ids=["leaf-1", "nobody"])
             assert not {"leaf-1", "leaf-copy"} & {one["id"] for one in found}
-            plain = await results_of(client, query=QUERIES[2], top_k=7)
-            told = await results_of(client, query=QUERIES[2], top_k=7, task="economics")
-            assert {one["id"] for one in told} == {one["id"] for one in plain}
+            await results_of(client, query=QUERIES[2])
+            await results_of(client, query=QUERIES[2], task="economics")
+            for got, instruction in zip(
+                vectors[1:], (INSTRUCTION, TASKS["economics"].instruction), strict=True
+            ):
+                np.testing.assert_array_equal(
+                    got, vectors_of([QUERIES[2]], instruction=instruction)
+                )
             long = await results_of(client, query="leaf " * 500, top_k=1)
             assert len(long) == 1
 
@@ -188,6 +204,20 @@ def test_an_app_may_begin_again():
         with TestClient(app) as client:
             answer = call(client, name="fetch", arguments={"id": "root"})
             assert answer.json()["result"]["structuredContent"]["id"] == "root"
+
+
+def test_a_failure_is_logged_without_texts_and_told_without_reason(caplog):
+    text = "my own query"
+
+    async def broken(*_, **__):
+        raise RuntimeError(text)
+
+    index = shelf()
+    index.dense = broken
+    with TestClient(create_app(shelf_service(index))) as client:
+        assert said(client, query="moss") == "the server failed; its log says why"
+    assert "RuntimeError" in caplog.text and "broken" in caplog.text
+    assert text not in caplog.text
 
 
 def test_errors_have_the_services_shape():

@@ -795,6 +795,7 @@ def test_bodies_that_are_held_at_once_are_bounded(monkeypatch):
         refused = await site.ask_async("POST", "/echo", content=b"x" * 100)
         assert refused.status_code == 429 and error_of(refused)["code"] == "overloaded"
         assert refused.headers["retry-after"] == "1" and site.rejected("overloaded") == 1
+        assert refused.headers["retry-after-ms"] == "1000"
         assert (await site.ask_async("GET", "/items/1")).status_code == 200
         gate.set()
         assert [one.json() for one in await asyncio.gather(*first)] == [{"size": LIMIT}] * 2
@@ -865,7 +866,7 @@ def test_no_work_is_begun_while_answers_are_not_read():
         assert len(readers) == ROOM // BIG
         refused = await site.ask_async("POST", "/big")
         assert refused.status_code == 429 and error_of(refused)["code"] == "overloaded"
-        assert int(refused.headers["retry-after"]) >= 1
+        assert (refused.headers["retry-after"], refused.headers["retry-after-ms"]) == ("2", "2000")
         assert site.rejected("overloaded") == 1
         assert (await site.ask_async("GET", "/livez")).status_code == 200
         for task, go in readers:
@@ -887,6 +888,47 @@ def test_a_client_that_reads_no_more_is_left(monkeypatch):
         return site.counts()
 
     assert asyncio.run(check()) == {("/big", 499): 1}
+
+
+def test_a_client_that_reads_no_more_before_its_answer_begins_is_left_too(monkeypatch):
+    """So it is where requests come in a row and the first one's answer is not read."""
+    monkeypatch.setattr(middleware, "_UNREAD_S", 0.02)
+    site = Site()
+    scope = scope_of("/hold/100", "POST") | {"query_string": b"wait=0"}
+    asyncio.run(unread(site, scope, [{"type": "http.request", "body": b"", "more_body": False}]))
+    assert site.outgoing.held == 0
+    assert site.counts() == {("/hold/{size}", 499): 1}
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_an_error_that_nobody_reads_is_no_failure(is_gone, monkeypatch):
+    monkeypatch.setattr(middleware, "_UNREAD_S", 5 if is_gone else 0.02)
+    messages = [{"type": "http.request", "body": b"", "more_body": False}]
+    if is_gone:
+        messages.append({"type": "http.disconnect"})
+    site = Site()
+    asyncio.run(unread(site, scope_of("/fail", "POST"), messages))
+    assert site.counts() == {("/fail", 499): 1}
+
+
+async def unread(site, scope, messages):
+    """A request whose answer cannot even begin, as its client reads nothing."""
+    gate = asyncio.Event()
+
+    async def receive():
+        if not messages:
+            await gate.wait()
+        await asyncio.sleep(0.01)
+        return messages.pop(0)
+
+    async def send(_):
+        await gate.wait()
+
+    task = asyncio.create_task(site.app(scope, receive, send))
+    done, _ = await asyncio.wait({task}, timeout=2)
+    gate.set()
+    assert done, "it waits for the client"
+    await task
 
 
 def test_an_answer_has_room_before_it_is_computed():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -142,6 +144,26 @@ def test_what_the_annotator_cannot_do_is_refused(field):
     client = shelf_client(grading=Grades())
     answer = post(client=client, query="a", documents=["b"], model="judge", **field)
     assert_error(answer, 400, param=next(iter(field)))
+
+
+def test_the_annotator_is_given_no_query_of_any_length():
+    grading = Grades()
+    query = "leaf " * 200  # the model's 40 tokens are 640 characters at most
+    client = shelf_client(grading=grading)
+    meta = post(client=client, query=query, documents=TEXTS, model="judge").json()["meta"]
+    assert grading.asked == [(query[:640], len(TEXTS), "generic")]
+    assert meta["warnings"][0] == "query was cut"
+
+
+def test_the_annotator_is_told_the_task_whatever_the_embedder_takes():
+    embeddings, grading = echo_embeddings(), Grades()
+    embeddings.model = replace(embeddings.model, takes_instruction=False)
+    client = shelf_client(grading=grading, embeddings=embeddings)
+    body = {"query": "a", "documents": ["b"], "prompt_name": "biology"}
+    answer = post(client=client, model="judge", **body)
+    assert answer.status_code == 200, answer.text
+    assert grading.asked == [("a", 1, "biology")]
+    assert_error(post(client=client, **body), 400, param="prompt_name")
 
 
 # Scores.

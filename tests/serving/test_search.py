@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from reasonembed.config import LimitsConfig
 from reasonembed.index.bm25 import BM25Index
@@ -322,9 +323,10 @@ def test_a_part_that_is_gone_is_a_503_and_ends_the_others():
 
 def test_a_cancelled_search_leaves_nothing_behind():
     async def scene() -> list[str]:
-        index, ended = shelf(parts=2), []
+        index, begun, ended = shelf(parts=2), asyncio.Semaphore(0), []
 
         async def slow(*_: object, **__: object) -> None:
+            begun.release()
             try:
                 await asyncio.sleep(60)
             finally:
@@ -334,7 +336,8 @@ def test_a_cancelled_search_leaves_nothing_behind():
             part.dense = slow
         on = service(index)
         work = asyncio.create_task(on.search("garden", [Asked("a")], wanted=Wanted()))
-        await asyncio.sleep(0.05)
+        for _ in index.parts:
+            await begun.acquire()
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
             await work
@@ -499,6 +502,10 @@ def test_a_model_without_instructions_takes_tasks_for_the_llm_alone():
     assert rewriting.asked == [((QUERIES[0],), "economics")]
     refused = post(client=client, query=QUERIES[0], instruction="Explain.")
     assert_error(refused, 400, param="instruction")
+    for more in ({"kind": "bm25"}, {"rewrite": True}):
+        refused = post(client=client, query=QUERIES[0], instruction="Explain.", **more)
+        assert_error(refused, 400, param="instruction")
+    assert len(rewriting.asked) == 1  # nobody is asked for what is refused
 
 
 # Other forms.
@@ -809,17 +816,65 @@ def test_an_excluded_list_of_many_queries_is_looked_up_once():
 LONG = "leaf " * 200  # the model's 40 tokens are 640 characters at most
 
 
-@pytest.mark.parametrize("body", [{"kind": "bm25"}, {"kind": "hybrid"}, {"rewrite": True}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"kind": "bm25"},
+        {"kind": "hybrid"},
+        {"rewrite": True},
+        {"rerank": {"model": "echo:annotator"}},  # which reads it with every document
+    ],
+)
 def test_words_and_the_llm_are_given_no_text_of_any_length(body):
-    rewriting = Rewrites()
-    client = shelf_client(shelf(), rewriting=rewriting)
+    rewriting, grading = Rewrites(), Grades()
+    client = shelf_client(shelf(), rewriting=rewriting, grading=grading)
     refused = post(client=client, queries=["a", LONG], **body)
     assert "640 characters" in assert_error(refused, 400, param="queries")
-    assert not rewriting.asked
+    assert not rewriting.asked and not grading.asked
     answer = post(client=client, queries=["a", LONG], truncate="end", **body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["truncated_inputs"][-1] == 1
     assert all(len(one) <= 640 for asked, _ in rewriting.asked for one in asked)
+    assert all(len(query) <= 640 for query, _, _ in grading.asked)
+
+
+def size_of(*doc_ids: str) -> int:
+    text_of = {one.doc_id: one.text for one in DOCUMENTS}
+    return sum(len(text_of[one].encode()) for one in doc_ids)
+
+
+@pytest.mark.parametrize("read", [1, 512])
+def test_hits_whose_documents_are_larger_than_an_answer_are_refused(read, monkeypatch):
+    monkeypatch.setattr("reasonembed.serving.search._READ", read)
+    body = {"queries": QUERIES[:1] * 3, "top_k": 2, "return_documents": True}
+    found = post(client=shelf_client(shelf()), **body).json()["data"]
+    size = size_of(*(hit["id"] for one in found for hit in one["hits"]))
+    just = shelf_client(shelf(), limits={"max_answer_bytes": size})
+    assert post(client=just, **body).json()["data"] == found
+    less = shelf_client(shelf(), limits={"max_answer_bytes": size - 1})
+    refused = post(client=less, **body)
+    assert "max_answer_bytes" in assert_error(refused, 400, param="top_k")
+    assert post(client=less, **body | {"return_documents": False}).status_code == 200
+    assert post(client=less, **body | {"queries": QUERIES[:1]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/search", {"query": QUERIES[0], "return_documents": True}),
+        ("/retrieve", {"queries": QUERIES[:1]}),
+        ("/v1/vector_stores/garden/search", {"query": QUERIES[0]}),
+    ],
+)
+def test_documents_of_hits_have_their_place_among_the_answers_before_they_are_written(path, body):
+    service = shelf_service(shelf(), limits={"max_answer_bytes": 1_000})
+    client = TestClient(create_app(service))
+    with service.outgoing.count(900):
+        answer = post(path, client=client, **body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+    assert service.outgoing.held == 0
+    assert post(path, client=client, **body).status_code == 200
+    assert service.outgoing.held == 0
 
 
 def test_long_queries_of_models_in_training_lose_their_end():

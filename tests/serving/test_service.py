@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -56,7 +57,7 @@ class NumberPreparer:
         if not ids:
             return ItemError("holds no token", is_callers_fault=True)
         if len(ids) > LIMIT and item.truncate == "none":
-            return ItemError("is too long", is_callers_fault=True)
+            return ItemError("is too long", is_callers_fault=True, is_too_long=True)
         return Prepared(ids[:LIMIT], is_truncated=len(ids) > LIMIT)
 
     def tokenise(self, text: str) -> list[int]:
@@ -226,10 +227,13 @@ def test_the_first_input_that_cannot_be_embedded_is_named():
     embedder = CountingEmbedder()
     served = service(embedder)
     error = refusal(served, "1", "2 " * 60, "")
-    assert (error.status, error.message, error.param) == (400, "input[1]: is too long", "input")
-    items = [EmbedItem("")]
-    with pytest.raises(ApiError, match=r"texts\[0\]: holds no token"):
-        run(lambda: served.embed(items, param="texts"))
+    cure = "set truncate to 'end' or 'start'"
+    assert (error.status, error.param) == (400, "input")
+    assert error.message == f"input[1]: is too long, or {cure}"
+    with pytest.raises(ApiError, match=r"texts\[0\]: holds no token$"):
+        run(lambda: served.embed([EmbedItem("")], param="texts", cutting="x"))
+    with pytest.raises(ApiError, match=r"texts\[0\]: is too long, or x$"):
+        run(lambda: served.embed([EmbedItem("2 " * 60)], param="texts", cutting="x"))
     assert not embedder.calls
 
 
@@ -450,10 +454,12 @@ def test_no_item_is_a_bug():
 def test_closing_ends_the_threads():
     async def scenario():
         served = service(CountingEmbedder())
+        earlier = set(threading.enumerate())
         await served.embed([EmbedItem("1")])
-        before = threading.active_count()
+        ours = [one for one in threading.enumerate() if one not in earlier]
+        assert [one.name.split("_")[0] for one in ours] == ["tokenise"]
         await served.close()
-        assert threading.active_count() <= before
+        assert not any(one.is_alive() for one in ours)
 
     run(scenario)
 
@@ -505,6 +511,30 @@ def test_texts_of_clients_that_have_gone_keep_their_room_until_a_thread_is_throu
         await served.close()
 
     run(scenario)
+
+
+def test_a_failure_for_a_client_that_has_gone_is_not_logged_with_its_texts(caplog):
+    async def scenario():
+        served, began, go = service(CountingEmbedder()), threading.Event(), threading.Event()
+
+        def work():
+            began.set()
+            assert go.wait(20)
+            raise ValueError("a text of a user")
+
+        task = asyncio.create_task(served.tokenise(["1"], work))
+        while not began.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        go.set()
+        while served.queued_tokens:
+            await asyncio.sleep(0.001)
+        await served.close()
+
+    run(scenario)
+    gc.collect()
+    assert "a text of a user" not in caplog.text
 
 
 def test_tokenising_for_no_vectors_has_the_same_bounds_and_threads():

@@ -27,10 +27,10 @@ def inner(events):
     return app
 
 
-async def get(app, path):
-    transport = httpx.ASGITransport(app=app)
+async def get(app, path, root_path="", **headers):
+    transport = httpx.ASGITransport(app=app, root_path=root_path)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        return await client.get(path, headers={"x-request-id": "mine"})
+        return await client.get(path, headers={"x-request-id": "mine", **headers})
 
 
 def test_it_answers_before_the_model_is_there_and_is_the_app_after():
@@ -59,6 +59,49 @@ def test_it_answers_before_the_model_is_there_and_is_the_app_after():
         assert events == ["up"]
         await app.end()
         assert events == ["up", "down"]
+
+    asyncio.run(life())
+
+
+def test_a_person_gets_a_page_that_loads_itself_again():
+    async def never():
+        await asyncio.Event().wait()
+
+    async def life():
+        app = Starting(never, why=lambda: "<b> differs")
+        await app.begin(patience_s=0.01)
+        browser = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+        page = await get(app, "/", **browser)
+        assert page.status_code == 503 and page.headers["content-type"].startswith("text/html")
+        assert "the service is starting: &lt;b&gt; differs" in page.text
+        assert '<meta http-equiv="refresh" content="2">' in page.text
+        assert page.headers["retry-after"] == "2" and page.headers["x-request-id"] == "mine"
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        assert "style" not in page.text and "script" not in page.text  # that policy refuses them
+        for path, accept in (("/", "*/*"), ("/v1/models", browser["accept"])):
+            other = await get(app, path, accept=accept)
+            assert (other.status_code, other.json()["error"]["code"]) == (503, "unavailable")
+        app.drain()
+        assert "the service is ending" in (await get(app, "/", **browser)).text
+        await app.end()
+
+    asyncio.run(life())
+
+
+def test_health_is_found_below_a_prefix():
+    """`serve deploy` may put the application there; paths hold the prefix then."""
+
+    async def never():
+        await asyncio.Event().wait()
+
+    async def life():
+        app = Starting(never)
+        await app.begin(patience_s=0.01)
+        for path, status in (("/below/livez", 200), ("/below/readyz", 503)):
+            assert (await get(app, path, root_path="/below")).status_code == status
+        page = await get(app, "/below/", root_path="/below", accept="text/html")
+        assert page.headers["content-type"].startswith("text/html")
+        await app.end()
 
     asyncio.run(life())
 

@@ -55,7 +55,7 @@ def test_a_shorter_length(client):
         ({"inputs": []}, "inputs", "0 items"),
         ({"inputs": [100]}, "inputs", "outside 0..99"),
         ({"inputs": 1}, "inputs", "a text, a list of texts"),
-        ({"inputs": "word " * (LIMIT + 1)}, "inputs", "longer"),
+        ({"inputs": "word " * (LIMIT + 1)}, "inputs", "set truncate: true"),
         ({"normalize": False}, "normalize", "norm 1"),
         ({"prompt_name": "passage"}, "prompt_name", "document"),
         ({"truncation_direction": "up"}, "truncation_direction", "left"),

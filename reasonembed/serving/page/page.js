@@ -352,7 +352,10 @@ function show(column, answer, request) {
   const notes = [make("p", { className: "small muted" }, timesOf(answer.timings_ms))];
   if (picked) notes.push(make("p", { className: "small gain" }, gainOf(found.hits, request.top_k)));
   if (found.unknown_excluded_ids) notes.push(note(`${count(found.unknown_excluded_ids, "excluded id")} of no document here`));
-  if (answer.usage.truncated_inputs.length) notes.push(note("The query is longer than the model takes; its end was cut."));
+  if (answer.usage.truncated_inputs.length) {
+    const what = found.rewritten_query ? "What was searched for" : "The query";
+    notes.push(note(`${what} is longer than the model takes; its end was cut.`));
+  }
   column.notes.replaceChildren(...notes);
   const rows = found.hits.map((hit) => newHit(hit, COLUMNS[column.key]));
   const list = make("ol", {}, ...rows);

@@ -70,7 +70,8 @@ def router(service: Service) -> APIRouter:
         items, field = body.items(settings, model), body.field()
         sizes = [writing.size_of(len(items), dimension, one, of=model.dimension) for one in types]
         service.outgoing.hold(request, sum(sizes))
-        embedded = await service.embeddings.embed(items, param=field)
+        cutting = "set truncate to 'END' or 'START'"
+        embedded = await service.embeddings.embed(items, param=field, cutting=cutting)
         note_timings(request, embedded.timings, tokens=sum(embedded.num_tokens))
         return await writing.respond(
             lambda: _written(embedded, items, types, dimension, field=field),

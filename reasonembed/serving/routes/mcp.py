@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ from starlette.types import Receive, Scope, Send
 from reasonembed.index.fusion import rrf
 from reasonembed.serving.concurrency import together
 from reasonembed.serving.errors import ApiError, unavailable
-from reasonembed.serving.exchange import note_refusal, note_timings
+from reasonembed.serving.exchange import exchange_of, note_refusal, note_timings
 from reasonembed.serving.jsonroute import check_content_type
+from reasonembed.serving.middleware import without_texts
 from reasonembed.serving.parts import Service
 from reasonembed.serving.protocol import StoredDocument
 from reasonembed.serving.requests import Body
@@ -35,6 +37,8 @@ from reasonembed.serving.searches import Asked, Searched, Wanted
 if TYPE_CHECKING:
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from mcp.types import CallToolResult, Tool
+
+log = logging.getLogger(__name__)
 
 PATH = "/mcp"
 _SNIPPET = 1_000  # characters of a document in a list of results
@@ -98,7 +102,8 @@ def mount(app: FastAPI, service: Service) -> None:
     """Adds `/mcp` to an app and to its lifespan.
 
     Args:
-        app: Whose lifespan has not begun; it may be begun several times, one after the other.
+        app: Whose lifespan has not begun. What is added here begins anew with every lifespan; a
+            service that is assembled with an `on_end` has but one.
         service: What the tools search.
     """
     endpoint = _Endpoint(service)
@@ -229,6 +234,12 @@ class _Tools:
         except ApiError as error:
             note_refusal(request, error)
             return result(error.message, is_error=True)
+        except Exception as error:  # the SDK would tell the caller its message, and log it
+            exchange = exchange_of(request)
+            request_id = exchange.request_id if exchange else "a request"
+            log.error("%s: the tool %s failed: %s", request_id, name, without_texts(error))
+            log.debug("%s", request_id, exc_info=error)
+            return result("the server failed; its log says why", is_error=True)
         content = output.model_dump(mode="json")
         text = json.dumps(content, ensure_ascii=False)
         return result(text, structured_content=content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,7 +17,7 @@ from reasonembed.serving.errors import ApiError, unavailable
 from reasonembed.serving.exchange import note_timings
 from reasonembed.serving.jsonroute import JsonRoute
 from reasonembed.serving.parts import Service
-from reasonembed.serving.protocol import EmbedItem, Scores, Unavailable, Vectors
+from reasonembed.serving.protocol import EmbedItem, Scores, ServedModel, Unavailable, Vectors
 from reasonembed.serving.requests import check_contents
 from reasonembed.serving.rerank_forms import (
     RERANK_EXAMPLE,
@@ -115,7 +115,7 @@ async def _cosines(
     request: Request, body: RerankBody, texts: Sequence[str], service: Service
 ) -> _Judged:
     """The embedder's; the query loses its end where it is over the limit."""
-    instruction = _instruction(body, service)
+    instruction = _instruction(body, service.embeddings.model)
     query = EmbedItem(body.query, "query", instruction, "end")
     first = body.max_tokens_per_doc
     documents = [EmbedItem(one, truncate="end", max_tokens=first) for one in texts]
@@ -147,11 +147,13 @@ async def _grades(body: RerankBody, texts: Sequence[str], service: Service) -> _
     if body.instruction is not None:
         message = "instruction: the annotator takes none; name a task by prompt_name"
         raise ApiError(400, message, param="instruction")
-    _instruction(body, service)
+    # The task is the annotator's, whatever the embedder takes.
+    _instruction(body, replace(service.embeddings.model, takes_instruction=True))
     task = body.prompt_name or "generic"
+    query = body.query[: search.longest_query]  # it stands in every document's prompt
     try:
         with search.graded.take(len(texts)):
-            grades = await search.grading.grade(body.query, texts, task=task)
+            grades = await search.grading.grade(query, texts, task=task)
     except Unavailable as error:
         raise unavailable(f"the annotator cannot answer now: {error}") from error
     if all(grade is None for grade in grades):
@@ -161,6 +163,7 @@ async def _grades(body: RerankBody, texts: Sequence[str], service: Service) -> _
         [0.0 if grade is None else (grade - 1) / (_MAX_GRADE - 1) for grade in grades],
         grades=grades,
         truncated=tuple(n for n, text in enumerate(texts) if len(text.split()) > limit),
+        notes=("query was cut",) if len(query) < len(body.query) else (),
     )
 
 
@@ -175,7 +178,7 @@ async def _scores(request: Request, body: ScoreBody, service: Service) -> dict[s
     if len(queries) not in (1, len(documents)):
         message = f"{len(queries)} queries and {len(documents)} documents make no pairs"
         raise ApiError(400, f"{message}; send one query, or as many as documents", param="queries")
-    instruction = _instruction(body, service)
+    instruction = _instruction(body, model)
     left, right = await _embed(
         request,
         service,
@@ -224,14 +227,14 @@ async def _compared(queries: Vectors, documents_ND: Vectors) -> Scores:
     return await aside(len(documents_ND) * VECTOR, lambda: cosines(queries, documents_ND))
 
 
-def _instruction(body: RerankBody | ScoreBody, service: Service) -> str | None:
+def _instruction(body: RerankBody | ScoreBody, model: ServedModel) -> str | None:
     """What the query asks for; refused where the model takes no instruction.
 
     Raises:
         ApiError: 400: see `roles.resolve`; or the prompt is that of documents.
     """
     said = Said(prompt_name=body.prompt_name, instruction=body.instruction)
-    role = resolve(said, model=service.embeddings.model, default="query")
+    role = resolve(said, model=model, default="query")
     if role.role != "query":
         raise ApiError(400, "prompt_name: queries are no documents", param="prompt_name")
     return role.instruction

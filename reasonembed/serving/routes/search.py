@@ -61,7 +61,9 @@ def _add_searches(routes: APIRouter, service: Service) -> None:
         wanted = _wanted(body, service, param)
         found = await _found(request, service, body.index, asked, wanted)
         name = service.embeddings.model.name
-        return await _written(lambda: _results(found, wanted, name), found, wanted, service)
+        return await _written(
+            request, lambda: _results(found, wanted, name), found, wanted, service
+        )
 
     @routes.post(
         "/v1/search",
@@ -125,6 +127,7 @@ def _add_aliases(routes: APIRouter, service: Service) -> None:
         each = iter(found.found)
         rows = [next(each).hits if query.strip() else () for query in body.queries]
         return await _written(
+            request,
             lambda: writing.with_list(
                 {}, "result", (_retrieved(row, with_scores=body.return_scores) for row in rows)
             ),
@@ -159,6 +162,7 @@ def _add_aliases(routes: APIRouter, service: Service) -> None:
         )
         found = await _found(request, service, index, [Asked(text) for text in texts], wanted)
         return await _written(
+            request,
             lambda: writing.plain(_page(found, texts, body.max_num_results)),
             found,
             wanted,
@@ -233,9 +237,18 @@ async def _found(
 
 
 async def _written(
-    answer: Callable[[], bytes], found: Searched, wanted: Wanted, service: Service
+    request: Request,
+    answer: Callable[[], bytes],
+    found: Searched,
+    wanted: Wanted,
+    service: Service,
 ) -> Response:
-    """An answer as JSON; a large one is written beside other requests."""
+    """An answer as JSON; a large one is written beside other requests.
+
+    Raises:
+        ApiError: 429 others' answers leave no room for it.
+    """
+    service.outgoing.hold(request, found.num_bytes)
     each = writing.TEXT_VALUES if wanted.with_documents else 1
     return await writing.respond(
         answer,

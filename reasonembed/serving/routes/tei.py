@@ -33,7 +33,8 @@ def router(service: Service) -> APIRouter:
         items = body.items(settings, model)
         size = writing.size_of(len(items), dimension, "float", of=model.dimension)
         service.outgoing.hold(request, size)
-        embedded = await service.embeddings.embed(items, param="inputs")
+        cutting = "set truncate: true"
+        embedded = await service.embeddings.embed(items, param="inputs", cutting=cutting)
         note_timings(request, embedded.timings, tokens=sum(embedded.num_tokens))
         return await writing.respond(
             lambda: writing.array(writing.rows(cut(embedded.vectors_ND, dimension), "float")),
