@@ -22,8 +22,8 @@ LOOK_AHEAD = 8
 """Batches' worth of tokens among which a leader's company is chosen, and by which a request may
 get ahead of another: enough choice that padding stays small."""
 HEAD_START = LOOK_AHEAD + 2
-"""Batches' worth of virtual time by which a new request may go before those that wait: what is left
-of a bulk request may be as far behind as its company was chosen ahead, and a batch or so more."""
+"""Batches' worth of work of those that wait that a new request may go before: what is left of a bulk
+request may be as far behind as its company was chosen ahead, and a batch or so more."""
 _MAX_NEAR = 2_048
 """Texts among which company is chosen at most: they are sorted anew for every batch."""
 _MAX_RATIO = 1.5
@@ -203,7 +203,9 @@ class FairQueue(Generic[_Text]):
     def _near(self, heap: _Heap[_Text]) -> _Heap[_Text]:
         """Takes the texts of the smallest tags out of a class, leader first."""
         near: _Heap[_Text] = []
-        horizon, tokens = heap[0][0] + self._look_ahead, 0
+        # In virtual time, which passes the slower the more requests wait: what came later may go
+        # before a text until so much work is done beyond its turn, and no longer.
+        horizon, tokens = heap[0][0] + self._look_ahead / self._num_active, 0
         while (
             self._settle(heap)
             and heap[0][0] <= horizon
@@ -239,7 +241,8 @@ class FairQueue(Generic[_Text]):
             first = min(heads, key=lambda head: head[:2])[2] if heads else batch[0]
             # Beside a single new text: those come in order of arrival.
             begin = first.start - (first.flow.is_served or first.flow.num_waiting > 1)
-            self._entry = max(min(self._now, begin), self._now - HEAD_START * self._batch_tokens)
+            most = HEAD_START * self._batch_tokens / max(1, self._num_active)
+            self._entry = max(min(self._now, begin), self._now - most)
 
     def _clear_away(self) -> None:
         """Rids the heaps of texts that were dropped."""

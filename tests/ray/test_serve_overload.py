@@ -32,6 +32,7 @@ TOKENS = TEXTS * (WORDS + 1)  # of a request to the echo model: a word is a toke
 SPEED = 20_000  # tokens a second of an echo replica
 APP = f"overload-{os.getpid()}"
 OVERLOAD_S = 60.0
+BATCH = 2_048  # tokens, the default of CPUs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,13 +133,17 @@ def overload(url, make, *, capacity, bound_s):
     return summary
 
 
+def stated_bound(queue, speed):
+    """See docs/serving.md; the largest pass is 4,096 tokens, and a second is for the ways."""
+    return (queue + 19 * BATCH + 4096) / speed + 1
+
+
 def test_three_times_the_capacity_of_a_known_speed(port):
     queue = 100_000
     limits = {"max_queued_tokens": queue, "max_request_tokens": 50_000}
     with service(settings(port, limits=limits)) as url:
         capacity = SPEED / TOKENS
-        # What was queued before it, one pass that runs, and a second for the ways in and out.
-        bound_s = queue / SPEED + 4096 / SPEED + 1
+        bound_s = stated_bound(queue, SPEED)
         summary = overload(url, request, capacity=capacity, bound_s=bound_s)
         assert summary.tokens_per_s >= 0.9 * SPEED
 
@@ -152,8 +157,8 @@ def test_three_times_the_capacity_of_a_real_model(port):
             return request(number, words=60, model="minilm")
 
         capacity = measured_capacity(url, make)
-        queue_s = limits["max_queued_tokens"] / (capacity * tokens_of(url, make))
-        summary = overload(url, make, capacity=capacity, bound_s=1.25 * queue_s + 1)
+        bound_s = stated_bound(limits["max_queued_tokens"], capacity * tokens_of(url, make))
+        summary = overload(url, make, capacity=capacity, bound_s=bound_s)
         assert summary.requests_per_s >= 0.9 * capacity
 
 

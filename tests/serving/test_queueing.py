@@ -256,3 +256,27 @@ def test_what_was_dropped_leaves_no_memory_behind():
 def test_sizes_that_no_batch_can_have_are_refused(sizes):
     with pytest.raises(ValueError, match=">= 1"):
         FairQueue[Waiting](batch_tokens=sizes[0], short_tokens=sizes[1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_comes_later_goes_before_a_request_for_so_long_and_no_longer(seed):
+    """Of equal requests that keep the queue full, each has its turn after a queue and little more.
+
+    Later texts are longer and fill a batch better, so that they are the better company.
+    """
+    rng, waiting, work, waited = random.Random(seed), queue(), 0, []
+    left, owner, most = {}, {}, 0
+    for number in range(2_000):
+        length = 1 + min(SHORT - 1, number // 100 + rng.randrange(2))
+        added = texts([length] * (3 * SHORT // length))
+        owner |= {id(text): (number, text) for text in added}
+        waiting.put(added, flow=str(number))
+        left[number], most = [len(added), work], max(most, waiting.tokens)
+        while len(left) == 100:
+            for text in waiting.pick():
+                work += text.tokens
+                one, _ = owner[id(text)]
+                left[one][0] -= 1
+                if not left[one][0]:
+                    waited.append(work - left.pop(one)[1])
+    assert max(waited) <= most + (LOOK_AHEAD + HEAD_START + 1) * BUDGET
