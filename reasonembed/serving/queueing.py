@@ -22,8 +22,8 @@ LOOK_AHEAD = 8
 """Batches' worth of tokens among which a leader's company is chosen, and by which a request may
 get ahead of another: enough choice that padding stays small."""
 HEAD_START = LOOK_AHEAD + 2
-"""Batches' worth of work of those that wait that a new request may go before: what is left of a bulk
-request may be as far behind as its company was chosen ahead, and a batch or so more."""
+"""Batches' worth of waiting work that a new request may go before: what is left of a bulk request
+may be as far behind as its company was chosen ahead, and a batch or so more."""
 _MAX_NEAR = 2_048
 """Texts among which company is chosen at most: they are sorted anew for every batch."""
 _MAX_RATIO = 1.5
