@@ -34,6 +34,7 @@ from reasonembed.errors import ConfigError, ReasonEmbedError
 from reasonembed.evaluation.compare import SeedComparison, compare_seeds
 from reasonembed.evaluation.scorecard import DEEP_METRIC, METRIC
 from reasonembed.run import Run
+from reasonembed.storage import is_uri
 
 TRAINED = "after"
 _REPEATED = ("train", "export", "evaluate")
@@ -168,6 +169,11 @@ def plan_cells(plan: AblationConfig) -> list[Cell]:
             measures a system that is not trained.
     """
     base = Run.existing(plan.run)
+    if not base.place.is_local or is_uri(plan.out_dir or ""):
+        raise ConfigError(
+            f"{base.place} lies in an object store, and an ablation shares a run's files by links "
+            "on one disk; copy the run to a folder and name that one with --run"
+        )
     if base.artifact("samples").finished() is None:
         raise ConfigError(f"{plan.run} has no finished samples; run it up to assemble first")
     cells = [

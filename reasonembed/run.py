@@ -6,8 +6,8 @@ Knows nothing of Ray: the command line reads a run with it, the jobs write one.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,14 +19,7 @@ from typing import Any
 import yaml
 
 from reasonembed import __version__
-from reasonembed.artifacts import (
-    Artifact,
-    StageDirectory,
-    append_json_line,
-    differences,
-    json_lines,
-    link_tree,
-)
+from reasonembed.artifacts import Artifact, StageDirectory, differences, link_tree
 from reasonembed.config import (
     DenseRetriever,
     DistillConfig,
@@ -40,13 +33,14 @@ from reasonembed.config import (
 )
 from reasonembed.corpus import PYTHON_STDLIB, CorpusStore, corpus_files
 from reasonembed.embedder.vectors import Encoder, encoder_identity, vectors_artifact
-from reasonembed.errors import ConfigError, CorpusError, DriftError
+from reasonembed.errors import ConfigError, CorpusError, DriftError, Interrupted, cause_of
 from reasonembed.evaluation.datasets import Collection, load_collection
-from reasonembed.models import resolve, weights_fingerprint
+from reasonembed.models import cache_root, from_root, resolve, weights_fingerprint
 from reasonembed.remixer.answers import prompt_fingerprint
 from reasonembed.remixer.assemble import JUDGED_COLUMNS
 from reasonembed.remixer.msmarco import msmarco_files
 from reasonembed.schemas import ARTIFACTS, Status, stable_hash
+from reasonembed.storage import Place
 from reasonembed.tasks import Task
 
 STAGES = (
@@ -98,6 +92,9 @@ class Encoders:
 class Run:
     """A run directory and the configuration that made, or will make, it.
 
+    It lies on a disk or in an object store. What other programs read and write as files lies there
+    under the same names; `local` and `writing` bring it to this machine and back.
+
     Args:
         config: Decides everything.
         is_growing: Inputs may be other than those that a stage was made from: stages of rows keep
@@ -105,9 +102,9 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, *, is_growing: bool = False) -> None:
-        self.config, self.is_growing = config, is_growing
+        self.config, self.is_growing = _with_models_from_root(config), is_growing
         # Absolute, because workers do not share the driver's working directory.
-        self.dir = Path(config.run_dir).absolute()
+        self.place = Place(config.run_dir)
 
     @classmethod
     def existing(cls, run_dir: str | Path) -> Run:
@@ -116,10 +113,13 @@ class Run:
         Raises:
             ConfigError: The directory holds no run.
         """
-        file = Path(run_dir) / "config.resolved.yaml"
-        if not file.is_file():
+        place = Place(run_dir)
+        file = place / "config.resolved.yaml"
+        raw = file.read() if not place.is_local or file.is_file() else None
+        if raw is None:
+            place.check()
             raise ConfigError(f"{run_dir} holds no run: there is no {file.name} in it")
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = yaml.safe_load(raw)
         return cls(parse(data | {"run_dir": str(run_dir)}, where=str(file)))
 
     def save_config(self) -> None:
@@ -127,31 +127,94 @@ class Run:
         text = yaml.safe_dump(
             self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
         )
-        scratch = self.dir / f".config-{os.getpid()}.yaml"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(self.config_file)
+        self.config_file.write(text.encode())
 
     @property
-    def config_file(self) -> Path:
+    def config_file(self) -> Place:
         """Where the resolved configuration lies."""
-        return self.dir / "config.resolved.yaml"
+        return self.place / "config.resolved.yaml"
 
     # ---- places -----------------------------------------------------------------------------
+
+    @property
+    def dir(self) -> Path:
+        """The folder of a run on this machine; `place` is where any run lies.
+
+        Raises:
+            StorageError: The run lies in an object store.
+        """
+        return self.place.local
+
+    @property
+    def name(self) -> str:
+        """What people call the run: the name of its folder."""
+        return self.dir.resolve().name if self.place.is_local else self.place.name
+
+    @property
+    def scratch(self) -> Path:
+        """This machine's own folder for files of a run that lies in an object store."""
+        runs = cache_root(self._cache) / "runs"
+        return runs / stable_hash(self.place.uri) / self.place.name
+
+    def local(self, name: str) -> Path:
+        """A file or folder of the run as one of this machine; it need not be there.
+
+        Of a run on a disk the very same; of another, a copy as it is now.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        place = self.place / name
+        if place.is_local:
+            return place.local
+        target = self.scratch / "fetched" / name
+        place.fetch(target)
+        return target
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A folder of this machine that becomes, or is, the run's folder `name`.
+
+        In an object store its files appear when the body has ended, over earlier ones.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        place = self.place / name if name else self.place
+        if place.is_local:
+            place.local.mkdir(parents=True, exist_ok=True)
+            yield place.local
+            return
+        with tempfile.TemporaryDirectory(prefix="reasonembed-") as folder:
+            target = Path(folder) / place.name
+            target.mkdir()
+            yield target
+            place.put(target)
+
+    @property
+    def logs(self) -> Path:
+        """This machine's folder for what a driver and its programs say."""
+        return self.dir / "logs" if self.place.is_local else self.scratch / "logs"
 
     def artifact(self, kind: str) -> Artifact:
         """A declared artifact of this run: `corpus`, `seeds`, `queries`, ... or `audit`."""
         declared = ARTIFACTS["judgments" if kind == "audit" else kind]
-        return Artifact(self.dir / kind, name=kind, **vars(declared))
+        return Artifact(str(self.place / kind), name=kind, **vars(declared))
 
     def vectors(self, encoder: Encoder, *, dimension: int) -> Artifact:
         """Everything that one encoder has embedded; see `vectors_artifact`."""
         identity = self.encoder_identity(encoder)
-        place = Path(self.config.runtime.vectors_dir or self.dir / "embeddings")
+        place = self.vectors_place
         return vectors_artifact(place, encoder, identity=identity, dimension=dimension)
+
+    @property
+    def vectors_place(self) -> Place:
+        """Folder of the vectors of all encoders."""
+        return Place(self.config.runtime.vectors_dir or self.place / "embeddings")
 
     def directory(self, stage: str) -> StageDirectory:
         """The directory of a stage whose result is not rows: `train`, `export`, `evaluate`."""
-        return StageDirectory(self.dir / stage, name=stage)
+        return StageDirectory(str(self.place / stage), name=stage)
 
     def outputs(self, stage: str) -> list[StageDirectory]:
         """Everything that a stage writes."""
@@ -172,9 +235,18 @@ class Run:
                 output.discard()
 
     @property
-    def model_dir(self) -> Path:
+    def model_place(self) -> Place:
         """Where the exported model lies."""
-        return self.dir / "export" / "model"
+        return self.place / "export" / "model"
+
+    @property
+    def model_dir(self) -> Path:
+        """The same as a folder of this machine.
+
+        Raises:
+            StorageError: The run lies in an object store.
+        """
+        return self.model_place.local
 
     def distill_config(self) -> DistillConfig:
         """How an annotator is distilled.
@@ -187,9 +259,18 @@ class Run:
         return self.config.distill
 
     @property
-    def annotator_dir(self) -> Path:
+    def annotator_place(self) -> Place:
         """Where the distilled annotator's model lies; what was made on the way, beside it."""
-        return self.dir / "annotator" / "model"
+        return self.place / "annotator" / "model"
+
+    @property
+    def annotator_dir(self) -> Path:
+        """The same as a folder of this machine.
+
+        Raises:
+            StorageError: The run lies in an object store.
+        """
+        return self.annotator_place.local
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -213,7 +294,7 @@ class Run:
     @property
     def encoders(self) -> Encoders:
         """Miner, untrained backbone, and the exported model."""
-        trained = self.config.train.encoder.model_copy(update={"model": str(self.model_dir)})
+        trained = self.config.train.encoder.model_copy(update={"model": str(self.model_place)})
         return Encoders(self.config.mine.encoder, self.config.train.encoder, trained)
 
     @property
@@ -259,9 +340,12 @@ class Run:
             StorageError: A file cannot be linked or written.
         """
         for kind, name in _ADOPTED.items():
-            source, target = other.dir / kind, self.dir / name
-            if source.is_dir() and not target.exists():
-                link_tree(source, target)
+            source, target = other.place / kind, self.place / name
+            if source.is_local and target.is_local:
+                if source.is_dir() and not target.local.exists():
+                    link_tree(source.local, target.local)
+            elif not (target / "_stage.json").is_file():
+                source.share(target)
 
     def next_round(self, config: RunConfig) -> RunConfig:
         """`config` with this run's trained model as the miner.
@@ -270,8 +354,8 @@ class Run:
             ConfigError: This run has exported no model, or `config` would write into it.
         """
         if self.directory("export").finished() is None:
-            raise ConfigError(f"{self.dir} has no exported model to mine with; finish it first")
-        if Path(config.run_dir).absolute() == self.dir:
+            raise ConfigError(f"{self.place} has no exported model to mine with; finish it first")
+        if Place(config.run_dir) == self.place:
             raise ConfigError(
                 f"run_dir {config.run_dir} is the first round's own; give the second one its own "
                 "with --set run_dir=…"
@@ -347,14 +431,38 @@ class Run:
         except (ConfigError, DriftError):
             note["outcome"] = "refused"
             raise
+        except Exception as error:
+            if isinstance(cause := cause_of(error), Interrupted):
+                note |= {"outcome": "interrupted", "detail": str(cause)}
+            raise
         finally:
-            note["seconds"] = round(time.time() - note["started"], 2)
             if note["outcome"] != "refused":
-                append_json_line(self.dir / "timeline.jsonl", note)
+                self.note_attempt(note)
+
+    def note_attempt(self, note: dict[str, Any]) -> None:
+        """Writes one attempt of a stage to the timeline, with its seconds up to now."""
+        note["seconds"] = round(time.time() - note["started"], 2)
+        (self.place / "timeline.jsonl").append(note)
 
     def timeline(self) -> list[dict[str, Any]]:
         """Every attempt of every stage, in order."""
-        return json_lines(self.dir / "timeline.jsonl")
+        return (self.place / "timeline.jsonl").rows()
+
+
+def _with_models_from_root(config: RunConfig) -> RunConfig:
+    """What is trained or embeds, wherever a worker stands; no identity holds a model's place."""
+
+    def placed(encoder: EncoderConfig) -> EncoderConfig:
+        return encoder.model_copy(update={"model": from_root(encoder.model)})
+
+    changed: dict[str, Any] = {
+        name: section.model_copy(update={"encoder": placed(section.encoder)})
+        for name, section in (("mine", config.mine), ("train", config.train))
+    }
+    if config.distill is not None:
+        student = from_root(config.distill.student)
+        changed["distill"] = config.distill.model_copy(update={"student": student})
+    return config.model_copy(update=changed)
 
 
 def llm_identity(
@@ -525,7 +633,7 @@ def _samples_digest(source: SampleSource) -> str:
             return "(missing)"  # as below
     if source.form != "run":
         return file_digest(source.path)
-    samples = Artifact.declared(Path(source.path) / "samples", "samples")
+    samples = Artifact.declared(str(Place(source.path) / "samples"), "samples")
     if (stage := samples.stage()) is None:
         return "(missing)"  # the reader says so with the cure
     return stable_hash(stage.fingerprint, samples.finished())

@@ -29,7 +29,7 @@ def trace_query(run: Run, query_id: str) -> Iterator[str]:
     """
     seed, sample = (_one(run, kind, "query_id", query_id) for kind in ("seeds", "samples"))
     if seed is None and sample is None:
-        raise ConfigError(f"{run.dir} has planned no query {query_id!r}; ids are in seeds/")
+        raise ConfigError(f"{run.place} has planned no query {query_id!r}; ids are in seeds/")
     if seed is not None:
         yield from _planned(seed, run.corpus_store())
         yield from _generated(_one(run, "queries", "query_id", query_id))
@@ -144,7 +144,7 @@ def trace_document(run: Run, doc_id: str) -> Iterator[str]:
     table = run.artifact("corpus").read()
     corpus = CorpusStore(table)
     if doc_id not in corpus:
-        raise ConfigError(f"the corpus of {run.dir} holds no document {doc_id!r}")
+        raise ConfigError(f"the corpus of {run.place} holds no document {doc_id!r}")
     twins = [one for one in corpus.group_members(corpus.group(doc_id)) if one != doc_id]
     equal = f"; equal text: {', '.join(twins)}" if twins else ""
     yield f"document   {doc_id} ({corpus.task(doc_id)}){equal}"

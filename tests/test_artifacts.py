@@ -5,30 +5,34 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import reasonembed.artifacts as artifacts_module
+import reasonembed.keyset as keyset_module
+import reasonembed.storage as storage_module
 from reasonembed.artifacts import (
     Artifact,
     StageDirectory,
-    append_json_line,
     differences,
-    json_lines,
     link_tree,
     locked,
 )
 from reasonembed.config import fingerprint
 from reasonembed.errors import DriftError, SchemaError, StorageError
+from reasonembed.keyset import ENTRY, Digests, KeySet, digests
 from reasonembed.schemas import REWRITES, embeddings, from_rows
+from reasonembed.storage import Place, append_json_line, json_lines
 
 STATUSES = {"q1": "ok", "q2": "error", "q3": "truncated"}
 IDENTITY = {"generate.seed": 42, "lengths": [{"min": 1}], "weights": "abc", "none": None}
@@ -120,7 +124,7 @@ class TestCommits:
     def test_a_part_without_a_commit_is_invisible_and_is_made_again(self, artifact, monkeypatch):
         artifact.commit("p0", ok("q1"))
         with monkeypatch.context() as patch:
-            patch.setattr(artifacts_module, "_write_durably", crash_on("_commits"))
+            patch.setattr(storage_module, "_write_durably", crash_on("_commits"))
             with pytest.raises(Killed):
                 artifact.commit("p1", ok("q2", "q3"))
         assert (artifact_path(artifact) / "data" / "p1.parquet").is_file()
@@ -132,7 +136,7 @@ class TestCommits:
 
     def test_a_crash_before_the_data_leaves_nothing(self, artifact, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr(artifacts_module, "_write_durably", crash_on("data"))
+            patch.setattr(storage_module, "_write_durably", crash_on("data"))
             with pytest.raises(Killed):
                 artifact.commit("p1", ok("q1"))
         assert artifact.keys() == set()
@@ -479,7 +483,7 @@ class TestStorage:
             store, root = pafs.FileSystem.from_uri("mock:///bucket")
         else:
             store, root = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "bucket"
-        monkeypatch.setattr(artifacts_module, "_filesystem", lambda _: (store, f"{root}/rewrites"))
+        monkeypatch.setattr(storage_module, "_filesystem", lambda _: (store, f"{root}/rewrites"))
         artifact = Artifact.declared("s3://bucket/rewrites", "rewrites")
         artifact.begin({"a": 1})
         artifact.commit("p1", rows({"q1": "ok", "q2": "error"}))
@@ -585,7 +589,7 @@ class Killed(BaseException):
 
 
 def crash_on(folder):
-    write = artifacts_module._write_durably
+    write = storage_module._write_durably
 
     def crashing(path, data):
         if path.parent.name == folder:
@@ -657,14 +661,14 @@ class ExactlyOnce(RuleBasedStateMachine):
     @rule(keys=subsets, status=row_statuses, folder=st.sampled_from(["data", "_commits"]))
     def crash(self, keys, status, folder):
         part, table, _ = self._write(keys, status)
-        write = artifacts_module._write_durably
-        artifacts_module._write_durably = crash_on(folder)
+        write = storage_module._write_durably
+        storage_module._write_durably = crash_on(folder)
         try:
             self.artifact.commit(part, table)
         except Killed:
             self.restart()
         finally:
-            artifacts_module._write_durably = write
+            storage_module._write_durably = write
 
     @rule(size=st.integers(1, 4), retry=st.sampled_from([(), ("error",), ("error", "truncated")]))
     def run_to_the_end(self, size, retry):
@@ -702,3 +706,242 @@ class ExactlyOnce(RuleBasedStateMachine):
 
 TestExactlyOnce = ExactlyOnce.TestCase
 TestExactlyOnce.settings = settings(max_examples=25, stateful_step_count=12)
+
+
+# ---- one row a key, resume ---------------------------------------------------------------------
+
+PAIRS = [(query, doc) for query in ("q", "qq", "q ") for doc in ("", "d", " d", "long" * 9)]
+history = st.lists(
+    st.lists(
+        st.tuples(st.sampled_from(PAIRS), st.sampled_from(["ok", "error", "truncated", "invalid"])),
+        min_size=1,
+        unique_by=lambda row: row[0],
+    ),
+    max_size=6,
+)
+retries = st.sampled_from([(), ("error",), ("error", "truncated"), ("ok",), ("unheard of",)])
+
+
+def pairs_artifact(folder, *, latest_wins):
+    schema = pa.schema(
+        [
+            pa.field("query_id", pa.string(), nullable=False),
+            pa.field("doc_id", pa.string(), nullable=False),
+            ("status", pa.string()),
+            ("number", pa.int64()),
+        ]
+    )
+    key = ("query_id", "doc_id")
+    return Artifact(folder, schema=schema, key=key, name="pairs", latest_wins=latest_wins)
+
+
+def pair_table(rows, *, start=0):
+    return pa.table(
+        {
+            "query_id": pa.array([pair[0] for pair, _ in rows], pa.string()),
+            "doc_id": pa.array([pair[1] for pair, _ in rows], pa.string()),
+            "status": pa.array([status for _, status in rows], pa.string()),
+            "number": pa.array(range(start, start + len(rows)), pa.int64()),
+        }
+    )
+
+
+def effective(parts, *, latest_wins):
+    """The rows that count, by the rule in words: the first that is ok, else the newest."""
+    found, number = {}, 0
+    for part in parts:
+        for key, status in part:
+            if latest_wins or key not in found or found[key][0] != "ok":
+                found[key] = (status, number)
+            number += 1
+    return found
+
+
+@settings(max_examples=60)
+@given(parts=history, retry=retries, latest_wins=st.booleans(), planned=st.permutations(PAIRS),
+       compacted=st.booleans(), small=st.booleans())  # fmt: skip
+def test_resume_is_what_sets_in_memory_say(parts, retry, latest_wins, planned, compacted, small):
+    done = effective(parts, latest_wins=latest_wins)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        if small:  # so that keys are sorted in several lots
+            patch.setattr(keyset_module, "STEP_ROWS", 2)
+        artifact, number = pairs_artifact(folder, latest_wins=latest_wins), 0
+        for name, part in enumerate(parts):
+            artifact.commit(f"p{name * 7919 % 101:03d}", pair_table(part, start=number))
+            number += len(part)
+        if compacted:
+            assert artifact.compact() == max(0, len(parts) - 1)
+        expected = [pair for pair in planned if pair not in done or done[pair][0] in retry]
+        table = pair_table([(pair, None) for pair in planned]).select(["doc_id", "query_id"])
+        missing = artifact.missing(table, retry=retry)
+        assert [(row["query_id"], row["doc_id"]) for row in missing.to_pylist()] == expected
+        keep = artifact.anti_join(retry=retry)
+        assert pa.concat_tables(keep(table.slice(i, 1)) for i in range(len(planned))) == missing
+        assert artifact.statuses() == Counter(status for status, _ in done.values())
+        streamed = [row for rows in artifact.rows() for row in rows.to_pylist()]
+        assert sorted(row["number"] for row in streamed) == sorted(n for _, n in done.values())
+        assert {
+            (row["query_id"], row["doc_id"]): (row["status"], row["number"])
+            for row in artifact.read().to_pylist()
+        } == done
+        assert artifact.history(columns=["number"])["number"].to_pylist() == list(range(number))
+
+
+@given(texts=st.lists(st.lists(st.text(max_size=40), min_size=2, max_size=2), max_size=12))
+def test_digests_differ_where_keys_do_and_do_not_know_of_their_table(texts):
+    table = pa.table({"a": pa.array([a for a, _ in texts], pa.string()),
+                      "b": pa.array([b for _, b in texts], pa.string())})  # fmt: skip
+    found = digests(table, ("a", "b"))
+    seen = list(zip(found.high.tolist(), found.low.tolist(), strict=True))
+    assert len(set(seen)) == len({tuple(one) for one in texts})
+    for row in range(len(texts)):
+        alone = digests(table.slice(row, 1), ("a", "b"))
+        assert (alone.high[0], alone.low[0]) == seen[row]
+
+
+def test_digests_of_a_million_keys_differ_in_either_half():
+    table = pa.table({"id": [f"q-{number:x}" for number in range(1_000_000)]})
+    found = digests(table, ("id",))
+    assert len(np.unique(found.high)) == len(np.unique(found.low)) == 1_000_000
+    # Each of 64 lots gets its share: 15,625 ± 125 standard deviations of nothing.
+    for half in (found.high, found.low):
+        for bits in (half >> np.uint64(58), half & np.uint64(63)):
+            assert np.abs(np.bincount(bits.astype(np.int64)) - 15_625).max() < 700
+
+
+def test_two_keys_that_share_half_a_digest_are_told_apart():
+    entries = np.zeros(4, ENTRY)
+    entries["high"], entries["low"] = [1, 1, 1, 9], [2, 5, 7, 7]
+    held = KeySet([entries[:2], entries[2:]])
+    asked = Digests(np.array([1, 9, 1, 0, 1, 10], "<u8"), np.array([7, 7, 3, 2, 2, 7], "<u8"))
+    assert held.holds(asked).tolist() == [True, True, False, False, True, False]
+
+
+# ---- compaction --------------------------------------------------------------------------------
+
+
+def committed(folder, parts=6):
+    artifact = Artifact.declared(folder, "rewrites")
+    for number in range(parts):
+        statuses = {"q0": "error" if number < 2 else "ok", f"q{number + 1}": "ok"}
+        artifact.commit(f"p{number}", rows(statuses, text=f"t{number}"))
+    return artifact
+
+
+def told(artifact):
+    """Everything that a reader can ask."""
+    return (
+        artifact.read(),
+        artifact.history(columns=["query_id", "rewritten_query", "status"]).to_pylist(),
+        artifact.statuses(),
+        artifact.missing(PLANNED, retry=["error"]),
+        artifact.content(),
+    )
+
+
+class Stop:
+    """Ends the process at one of its writes and deletions."""
+
+    def __init__(self, patch, *, at):
+        self._left = at
+        for name in ("write", "delete"):
+            patch.setattr(Place, name, self._counted(getattr(Place, name)))
+
+    def _counted(self, act):
+        def counted(place, *arguments):
+            if not self._left:
+                raise Killed
+            self._left -= 1
+            act(place, *arguments)
+
+        return counted
+
+
+class TestCompaction:
+    def test_many_parts_become_few_and_nothing_else_shows(self, artifact):
+        artifact = committed(artifact.uri)
+        before, commits = told(artifact), artifact.commits()
+        assert artifact.compact(beyond=6) == 0 and artifact.commits() == commits
+        assert artifact.compact(beyond=5) == 5
+        assert told(artifact) == before
+        (merged,) = artifact.commits()
+        assert merged.rows == 12 and merged.statuses == {"ok": 10, "error": 2}
+        assert merged.committed_at_ns == commits[-1].committed_at_ns
+        assert artifact.compact() == 0
+        assert [len(list((artifact_path(artifact) / one).iterdir())) for one in
+                ("data", "_commits")] == [1, 1]  # fmt: skip
+
+    def test_parts_have_a_size_and_later_ones_are_merged_in_turn(self, artifact, monkeypatch):
+        artifact = committed(artifact.uri, parts=8)
+        monkeypatch.setattr(artifacts_module, "_MERGED_ROWS", 6)
+        assert artifact.compact() == 5
+        assert [commit.rows for commit in artifact.commits()] == [6, 6, 4]
+        artifact.commit("later", rows({"q0": "ok"}))
+        before = told(artifact)
+        assert artifact.compact() == 1
+        assert [commit.rows for commit in artifact.commits()] == [6, 6, 5]
+        assert told(artifact) == before
+        monkeypatch.setattr(artifacts_module, "_MERGED_BYTES", 1)
+        assert artifact.compact() == 0
+
+    @pytest.mark.parametrize("again", [True, False])
+    def test_killed_at_any_step_it_loses_nothing(self, tmp_path, again):
+        step = 0
+        while True:
+            artifact = committed(tmp_path / str(step))
+            before = told(artifact)
+            with pytest.MonkeyPatch.context() as patch:
+                Stop(patch, at=step)
+                try:
+                    artifact.compact()
+                    break
+                except Killed:
+                    pass
+            artifact = Artifact.declared(artifact.uri, "rewrites")
+            assert told(artifact) == before, step
+            artifact.commit("next", ok("new"))
+            if again:
+                artifact.compact()
+                assert len(artifact.commits()) == 1
+            assert set(artifact.read()["query_id"].to_pylist()) >= {"q0", "q6", "new"}
+            step += 1
+        assert step == 2 + 2 * 6
+
+    def test_a_straggler_of_a_part_that_is_gone_stays_hidden(self, artifact):
+        artifact = committed(artifact.uri)
+        before = told(artifact)
+        artifact.compact()
+        artifact.commit("p3", rows({"q0": "ok", "q4": "ok"}, text="straggler"))
+        (artifact_path(artifact) / "data" / "p3.parquet").unlink()
+        assert told(artifact) == before
+        artifact.compact()
+        assert told(artifact) == before and len(artifact.commits()) == 1
+
+    def test_a_reader_looks_again_where_parts_go_while_it_reads(self, artifact, monkeypatch):
+        artifact = committed(artifact.uri)
+        before, read = artifact.read(), Artifact._read_part
+        other = Artifact.declared(artifact.uri, "rewrites")
+
+        def late(self, commit, *arguments):
+            if self is artifact and commit.part == "p2":
+                other.compact()
+            return read(self, commit, *arguments)
+
+        monkeypatch.setattr(Artifact, "_read_part", late)
+        assert artifact.read() == before
+
+    def test_a_part_that_is_damaged_is_not_merged_into_a_sound_one(self, artifact):
+        artifact = committed(artifact.uri)
+        data = artifact_path(artifact) / "data"
+        (data / "p3.parquet").write_bytes((data / "p4.parquet").read_bytes())
+        with pytest.raises(StorageError, match="holds other rows"):
+            artifact.compact()
+        assert len(artifact.commits()) == 6
+
+    def test_a_record_from_before_parts_could_be_merged(self, artifact):
+        commit = artifact.commit("p1", ok("q1"))
+        file = artifact_path(artifact) / "_commits" / "p1.json"
+        record = json.loads(file.read_text())
+        del record["replaces"]
+        file.write_text(json.dumps(record))
+        assert artifact.commits() == [commit]

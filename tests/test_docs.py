@@ -1,20 +1,26 @@
 """The pages under docs/ say what the code says: fields, columns, examples, links."""
 
 import re
-import typing
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from docs.configuration_tables import (
+    SECTIONS,
+    default_of,
+    kind_of,
+    paths_of,
+    rewritten,
+)
 from reasonembed import config
 from reasonembed.schemas import ARTIFACTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
 def text(name):
@@ -31,116 +37,47 @@ def tables(page):
         yield re.findall(r"`([^`]+)`", heading), heading, rows
 
 
-def nested(annotation):
-    """The configuration classes inside an annotation, and what each adds to the path."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        kind = annotation.model_fields.get("kind")  # one of several classes
-        return [(annotation, f": {{kind: {typing.get_args(kind.annotation)[0]}}}" if kind else "")]
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is dict:
-        return [(model, f".<name>{suffix}") for model, suffix in nested(arguments[1])]
-    if origin is tuple:
-        return [(model, f"[]{suffix}") for model, suffix in nested(arguments[0])]
-    if origin is typing.Annotated:
-        return nested(arguments[0])
-    return [found for argument in arguments for found in nested(argument)]
-
-
-def sections(model=config.RunConfig, path=""):
-    """Every section of a configuration: its path and its class."""
-    yield path, model
-    above = path.partition(": ")[0]
-    for name, field in model.model_fields.items():
-        for inner, suffix in nested(field.annotation):
-            yield from sections(inner, f"{above}.{name}{suffix}".lstrip("."))
-
-
-SECTIONS = dict(sections()) | {
-    "benchmark": config.BenchmarkConfig,
-    "system": config.SystemConfig,
-    "system.retrieve: {kind: hybrid}": config.HybridRetriever,
-    "system.rerank": config.RerankConfig,
-    "serve": config.ServeConfig,
-    "serve.echo": config.EchoConfig,
-    "index": config.IndexConfig,
-}
-
-
-def own_fields(model):
-    """Its fields but for those of a class that is a section itself: they are described there."""
-    above = {
-        name for base in model.__bases__ if base in SECTIONS.values() for name in base.model_fields
-    }
-    return [name for name in model.model_fields if name not in above]
-
-
-def documented():
-    """Rows by path of section, as docs/configuration.md has them."""
-    found = {}
-    for names, heading, rows in tables(text("configuration.md")):
-        # Tables of another width say other things than fields.
-        fields = [row for row in rows if len(row) == 4]
-        for path in [""] if heading == "Top level" else names if fields else []:
-            assert path not in found, f"{path} is documented twice"
-            found[path] = fields
-    return found
-
-
-def facts(schema):
-    """What a field's type cell must say: its bounds and its choices."""
-    for key, value in schema.items():
-        if key in BOUNDS:
-            yield f"{BOUNDS[key]} {value:g}"
-        elif key == "enum":
-            yield from (f"`{choice}`" for choice in value)
-        elif key == "anyOf":
-            for option in value:
-                yield from facts(option)
-        elif key in ("items", "additionalProperties") and isinstance(value, dict):
-            yield from facts(value)
-        elif (key, value) == ("type", "null"):
-            yield "null"
-
-
-def default_of(field):
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, tuple):
-        return [
-            item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value
-        ]
-    return value
+def headings():
+    """The sections that docs/configuration.md has, by its headings over tables of fields."""
+    for _, heading, rows in tables(text("configuration.md")):
+        if any(len(row) == 4 for row in rows):
+            yield from paths_of(heading)
 
 
 def test_every_section_and_no_other_is_documented():
-    assert set(documented()) == set(SECTIONS)
+    assert sorted(headings()) == sorted(SECTIONS)
 
 
-@pytest.mark.parametrize("path", SECTIONS, ids=lambda path: path or "top level")
-def test_every_field_of_a_section_and_no_other_is_documented(path):
-    names = [row[0].strip("`") for row in documented()[path]]
-    assert names == own_fields(SECTIONS[path])
+def test_tables_of_the_configuration_are_those_of_its_classes():
+    page = text("configuration.md")
+    assert rewritten(page) == page, "run python -m docs.configuration_tables"
 
 
-@pytest.mark.parametrize("path", SECTIONS, ids=lambda path: path or "top level")
-def test_types_ranges_and_defaults_are_those_of_the_code(path):
-    model = SECTIONS[path]
-    schema = model.model_json_schema()["properties"]
-    for name, kind, default, _ in documented()[path]:
-        field = model.model_fields[name.strip("`")]
-        for fact in facts(schema[name.strip("`")]):
-            # "> 0" must not be found in "≥ 0", nor "1" in "10".
-            assert re.search(rf"(?<!\S){re.escape(fact)}(?![\w.])", kind), (name, fact)
-        if field.is_required():
-            assert default == "required", name
-            continue
-        said = yaml.safe_load(default.strip("`"))
-        wanted = default_of(field)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            # A section says where it differs from its type's own defaults.
-            said = field.annotation(**said).model_dump(mode="json")
-        assert said == wanted, name
+class _Inner(BaseModel):
+    size: Annotated[int, Field(gt=0)] = 1
+
+
+class _Outer(BaseModel):
+    name: str
+    share: Annotated[float, Field(ge=0, le=1)] | None = None
+    small: float = 1e-6
+    inner: _Inner = _Inner(size=2)
+    many: tuple[_Inner, ...] = ()
+    which: Literal["a", "b"] | int = "a"
+    text: str = "{a}: b"
+
+
+def test_types_ranges_and_defaults_as_tables_say_them():
+    fields = _Outer.model_fields.values()
+    assert [(kind_of(one.annotation, tuple(one.metadata)), default_of(one)) for one in fields] == [
+        ("string", "required"),
+        ("number ≥ 0, ≤ 1 or null", "`null`"),
+        ("number", "`1.0e-06`"),
+        ("section", "`{size: 2}`"),
+        ("list of sections", "`[]`"),
+        ("one of `a`, `b` or integer", "`a`"),
+        ("string", '`"{a}: b"`'),
+    ]
 
 
 def yaml_blocks():

@@ -17,9 +17,10 @@ from reasonembed.config import (
     RuntimeConfig,
     SampleSource,
     flatten,
+    load,
     parse,
 )
-from reasonembed.errors import ConfigError, DriftError
+from reasonembed.errors import ConfigError, DriftError, Interrupted
 from reasonembed.remixer.answers import prompt_template
 from reasonembed.run import STAGES, Run
 
@@ -448,7 +449,27 @@ class TestTimeline:
         assert first["seconds"] >= 0
         assert second["started"] >= first["started"]
 
+    def test_a_signal_is_noted_as_one_also_where_it_arrives_in_foreign_code(self, tmp_path):
+        run = Run(config(tmp_path))
+        for error in (Interrupted("SIGTERM"), SystemError("with an exception set")):
+            with pytest.raises(type(error)), run.timed("train"):
+                raise error from Interrupted("SIGTERM")
+        assert [(one["outcome"], one["detail"]) for one in run.timeline()] == [
+            ("interrupted", "SIGTERM")
+        ] * 2
+
 
 def test_flatten_covers_every_setting():
     empty = {"tasks"}  # a mapping without entries has no leaf
     assert {key.split(".")[0] for key in flatten(CONFIG)} == set(RunConfig.model_fields) - empty
+
+
+def test_models_that_lie_in_a_folder_are_named_from_the_root(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    base = Path(__file__).parents[1] / "configs/quickstart.yaml"
+    models = ["train.encoder.model=own", "mine.encoder.model=some/hub-id"]
+    config = Run(load(base, overrides=[*models, "run_dir=runs/x"])).config
+    assert config.train.encoder.model == str(tmp_path / "own")
+    assert config.mine.encoder.model == "some/hub-id"

@@ -17,6 +17,7 @@ from reasonembed.config import EncoderConfig, EndpointRetriever, fingerprint, fl
 from reasonembed.errors import ModelError
 from reasonembed.models import resolve, weights_fingerprint
 from reasonembed.schemas import conform, embeddings
+from reasonembed.storage import Place, last_part
 
 ENCODING_VERSION = 1
 """Of how texts become vectors here; raised when the same weights and settings give others."""
@@ -40,13 +41,13 @@ def encoder_identity(
         return flatten(encoder, prefix="endpoint")
     if weights is None:
         weights = weights_fingerprint(resolve(encoder.model, cache_dir=cache_dir))
-    settings = flatten(encoder.model_copy(update={"model": Path(encoder.model).name}))
+    settings = flatten(encoder.model_copy(update={"model": last_part(encoder.model)}))
     made = {"weights": weights, "encoding": ENCODING_VERSION}
     return {f"encoder.{key}": value for key, value in settings.items()} | made
 
 
 def vectors_artifact(
-    place: Path, encoder: Encoder, *, identity: dict[str, Any], dimension: int
+    place: Path | Place, encoder: Encoder, *, identity: dict[str, Any], dimension: int
 ) -> Artifact:
     """Everything that one encoder has embedded, keyed by `schemas.text_id`.
 
@@ -59,9 +60,9 @@ def vectors_artifact(
         identity: Of `encoder_identity`.
         dimension: Of a vector.
     """
-    name = f"{Path(encoder.model).name}-{fingerprint(identity)[:12]}"
+    name = f"{last_part(encoder.model)}-{fingerprint(identity)[:12]}"
     schema = embeddings(dimension, is_endpoint=isinstance(encoder, EndpointRetriever))
-    return Artifact(place.absolute() / name, schema=schema, key=("id",), name=name)
+    return Artifact(str(Place(place) / name), schema=schema, key=("id",), name=name)
 
 
 class TextEmbedder(Protocol):

@@ -1,6 +1,6 @@
 """How a collection is named on the command line.
 
-NAME[@REVISION][+OPTION]…[:TASK,TASK…]
+`NAME[@REVISION][+OPTION]…[:TASK,TASK…]`
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ with `finish_reason="error"`, so that no bad prompt can take its batch down.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from reasonembed.artifacts import Mapper
@@ -103,6 +103,10 @@ class WithEngine:
     def key(self) -> str:
         """Equal keys can share what `load` gives."""
         return repr((self.llm, self.runtime, self.cache_dir))
+
+    def on_accelerator(self, kind: str | None) -> WithEngine:
+        """The same for one kind of GPU; see `EngineRuntime.on_accelerator`."""
+        return replace(self, runtime=self.runtime.on_accelerator(kind))
 
     def load(self) -> Engine:
         """Starts the engine."""

@@ -37,11 +37,10 @@ class ScriptedEngine:
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Engine.complete`."""
-        time.sleep(self._delay_s)
-        completions = [self._one(request) for request in requests]
         if self._log:
-            self._note(requests)
-        return completions
+            self._note(requests)  # first: what is asked is paid for, whether it is answered or not
+        time.sleep(self._delay_s)
+        return [self._one(request) for request in requests]
 
     def close(self) -> None:
         """See `Engine.close`."""

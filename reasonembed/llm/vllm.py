@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reasonembed.config import EngineRuntime, LLMConfig
-from reasonembed.errors import ModelError
+from reasonembed.errors import ConfigError, ModelError
 from reasonembed.llm.protocol import Completion, Engine, Request, failure
 from reasonembed.models import resolve
 
@@ -123,6 +123,7 @@ def make_vllm_engine(config: LLMConfig, runtime: EngineRuntime, *, cache_dir: st
     path = str(resolve(config.model, cache_dir=cache_dir))
     on_gpu = torch.cuda.is_available()
     _environment(runtime, on_gpu=on_gpu)
+    config = config.model_copy(update={"max_model_len": _context(config, runtime)})
     mode = runtime.mode if runtime.mode != "auto" else ("async" if on_gpu else "in_process")
     arguments: dict[str, Any] = {
         "model": path,
@@ -131,6 +132,7 @@ def make_vllm_engine(config: LLMConfig, runtime: EngineRuntime, *, cache_dir: st
         "max_num_seqs": runtime.max_num_seqs,
         "enforce_eager": runtime.enforce_eager or not on_gpu,
         "tensor_parallel_size": runtime.tensor_parallel_size,
+        **_executor(runtime),
         "enable_prefix_caching": True,
     }
     if not on_gpu:
@@ -139,9 +141,40 @@ def make_vllm_engine(config: LLMConfig, runtime: EngineRuntime, *, cache_dir: st
         arguments["block_size"] = _CPU_BLOCK_TOKENS
         arguments["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, config.max_model_len)
     else:
-        arguments["gpu_memory_utilization"] = runtime.gpu_memory_utilization
+        arguments |= _gpu_memory(runtime)
+    arguments |= _fewer_bits(runtime, on_gpu=on_gpu)
     engine = InProcessEngine if mode == "in_process" else AsyncEngine
     return engine(_Renderer(path, config), arguments)
+
+
+def _context(config: LLMConfig, runtime: EngineRuntime) -> int:
+    """Tokens that a request and its answer may have here."""
+    return min(config.max_model_len, runtime.max_model_len or config.max_model_len)
+
+
+def _gpu_memory(runtime: EngineRuntime) -> dict[str, Any]:
+    """What vLLM may take; a size of the cache, where one is given, goes before the share."""
+    arguments: dict[str, Any] = {"gpu_memory_utilization": runtime.gpu_memory_utilization}
+    if runtime.kv_cache_gib:
+        arguments["kv_cache_memory_bytes"] = runtime.kv_cache_gib << 30
+    return arguments
+
+
+def _executor(runtime: EngineRuntime) -> dict[str, str]:
+    """Several GPUs of one node by processes: Ray's executor leaves placement groups behind."""
+    return {"distributed_executor_backend": "mp"} if runtime.tensor_parallel_size > 1 else {}
+
+
+def _fewer_bits(runtime: EngineRuntime, *, on_gpu: bool) -> dict[str, Any]:
+    """Weights and cache in eight bits, as vLLM wants to be told."""
+    chosen = {"quantization": runtime.quantization, "kv_cache_dtype": runtime.kv_cache_dtype}
+    arguments = {name: value for name, value in chosen.items() if value == "fp8"}
+    if arguments and not on_gpu:
+        raise ConfigError(
+            f"runtime.engine.{next(iter(arguments))}: fp8 is for GPUs, and this machine has none "
+            "that torch sees; set it under by_accelerator for the kinds that have it"
+        )
+    return arguments
 
 
 def _environment(runtime: EngineRuntime, *, on_gpu: bool) -> None:
@@ -223,6 +256,7 @@ class PoolingEngine:
             "max_num_batched_tokens": max(batch_tokens, max_tokens),
             "enforce_eager": runtime.enforce_eager or not on_gpu,
             "tensor_parallel_size": runtime.tensor_parallel_size,
+            **_executor(runtime),
             # A shared instruction would be read from the cache, at other roundings than alone.
             "enable_prefix_caching": False,
             "runner": "pooling",
@@ -231,7 +265,7 @@ class PoolingEngine:
             "pooler_config": PoolerConfig(seq_pooling_type="LAST", use_activation=True),
         }
         if on_gpu:
-            arguments["gpu_memory_utilization"] = runtime.gpu_memory_utilization
+            arguments |= _gpu_memory(runtime)
         self._llm: Any = LLM(**arguments)
         self._lock = threading.Lock()
 

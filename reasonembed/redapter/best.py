@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from reasonembed.storage import Place
+
 _RECORD = "best.json"
 
 
@@ -86,12 +88,24 @@ class Best:
             scratch.rename(target)
 
 
-def best_record(output_dir: Path) -> Record | None:
+def best_record(output_dir: Path | Place) -> Record | None:
     """What `Best` keeps in a folder; None if nothing was measured there."""
-    file = output_dir / _RECORD
-    if not file.is_file():
-        return None
-    return Record(**json.loads(file.read_text(encoding="utf-8")))
+    raw = (Place(output_dir) / _RECORD).read()
+    return None if raw is None else Record(**json.loads(raw))
+
+
+def link_best(output_dir: Path, target: Path) -> None:
+    """A second name in `target` for everything that `Best` keeps; nothing where it keeps nothing.
+
+    What it keeps is replaced and never changed, so `target` stays as it is now.
+    """
+    record = best_record(output_dir)
+    if record is None:
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    source = output_dir / record.folder
+    shutil.copytree(source, target / record.folder, copy_function=_link_or_copy, dirs_exist_ok=True)
+    shutil.copy2(output_dir / _RECORD, target / _RECORD)
 
 
 def _link_or_copy(source: str, target: str) -> None:

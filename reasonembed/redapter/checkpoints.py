@@ -78,11 +78,13 @@ class Checkpoints:
     """Writes and reads the checkpoints of a run; made by all workers alike.
 
     Args:
-        output_dir: Seen by all workers.
+        output_dir: Seen by all workers, unless it is not shared.
         placed: What is trained.
         optimizer: Of `placed.parameters`.
         identity: What the run is made of, the number of workers left out.
         memory: What else is remembered.
+        is_shared: Whether all workers write to one folder. If not, each one's `output_dir` gets its
+            own pieces, and a checkpoint is whole where all of them are put together.
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class Checkpoints:
         *,
         identity: str,
         memory: Remembers | None = None,
+        is_shared: bool = True,
     ) -> None:
+        self._leads = _rank() == 0 or not is_shared  # in its folder
         self._output_dir = output_dir
         self._placed = placed
         self._optimizer = optimizer
@@ -113,9 +117,10 @@ class Checkpoints:
         self.wait()
         target = self._output_dir / f"checkpoint-{step}"
         scratch = self._output_dir / f".checkpoint-{step}"
-        if _rank() == 0:
+        if self._leads:
             shutil.rmtree(scratch, ignore_errors=True)  # of a worker that was killed in writing
             scratch.mkdir(parents=True)
+        if _rank() == 0:
             (scratch / _TRAINER).write_text(json.dumps(self._about(step), indent=1))
         if self._group is not None:
             dist.barrier(self._group)
@@ -123,7 +128,8 @@ class Checkpoints:
             self._state(), checkpoint_id=scratch, process_group=self._group, no_dist=not self._group
         )
         assert isinstance(writing, Future), "an answer of staging in the background"
-        self._last = Saved(target, self._committer.submit(_commit, writing, scratch, target))
+        final = target if self._leads else None
+        self._last = Saved(target, self._committer.submit(_commit, writing, scratch, final))
         return self._last
 
     def forget_after(self, step: int) -> None:
@@ -131,7 +137,7 @@ class Checkpoints:
 
         Nobody goes on from there any more, and nobody else would remove it.
         """
-        if _rank() == 0 and self._output_dir.is_dir():
+        if self._leads and self._output_dir.is_dir():
             for path in self._output_dir.iterdir():
                 found = _FOLDER.fullmatch(path.name)
                 if found and (found[1] or int(found[2]) > step):
@@ -296,10 +302,10 @@ def _read_about(checkpoint: Path) -> dict[str, Any]:
     return about
 
 
-def _commit(writing: Future[Any], scratch: Path, target: Path) -> None:
-    """Waits until all workers have written, then gives the folder its name."""
+def _commit(writing: Future[Any], scratch: Path, target: Path | None) -> None:
+    """Waits until all workers have written, then gives the folder its name, if it is its turn."""
     writing.result()
-    if _rank() == 0:
+    if target is not None:
         if target.exists():  # of a run that was resumed from an earlier step, or of another run
             shutil.rmtree(target)
         scratch.rename(target)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reasonembed.artifacts import append_json_line, objects
+from reasonembed.storage import Place, append_json_line, objects
 
 if TYPE_CHECKING:  # reading a log needs no deep learning
     from reasonembed.redapter.batches import Group
@@ -31,10 +31,15 @@ _DIGITS = 5
 
 
 class TrainLog:
-    """One JSON line a step; reading it again reads only what has been added."""
+    """One JSON line a step; reading it again reads only what has been added.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: The log.
+        source: Where it is fetched from whenever it has changed there, if it is kept in a store.
+    """
+
+    def __init__(self, path: Path, *, source: Place | None = None) -> None:
+        self._path, self._source, self._seen = path, source, (-1, -1)
         self._forget()
 
     def _forget(self) -> None:
@@ -47,6 +52,7 @@ class TrainLog:
 
     def steps(self) -> list[dict[str, Any]]:
         """The log in order of steps; lines that a kill cut short are left out."""
+        self._refresh()
         size = self._path.stat().st_size if self._path.is_file() else 0
         if size < self._offset:  # another run has begun in its place
             self._forget()
@@ -59,6 +65,15 @@ class TrainLog:
                 if _is_finite(row.get("step")):
                     self._by_step[row["step"]] = row
         return [self._by_step[step] for step in sorted(self._by_step)]
+
+    def _refresh(self) -> None:
+        if self._source is None:
+            return
+        info = self._source.info()
+        if (info.size or 0, info.mtime_ns or 0) != self._seen:
+            self._source.fetch(self._path)
+            self._seen = (info.size or 0, info.mtime_ns or 0)
+            self._forget()  # a run that was resumed may have taken lines back
 
     def summary(self) -> str:
         """The last step in words; see `summary`."""

@@ -115,6 +115,7 @@ def train(
     is_leaving: IsLeaving = never,
     rank: int = 0,
     world_size: int = 1,
+    is_shared: bool = True,
 ) -> TrainResult:
     """Fine-tunes adapters or, without `lora`, all weights; with workers in an initialised group.
 
@@ -128,7 +129,8 @@ def train(
         samples: All of them, on every worker.
         weights: Checkpoint of the backbone.
         runtime: Device, sharding, chunk size, checkpoint interval.
-        output_dir: Seen by all workers; receives `checkpoint-<step>` folders and `weights`.
+        output_dir: Seen by all workers, unless it is not shared; receives `checkpoint-<step>`
+            folders and `weights`.
         report: Called once a step on every rank with that step's metrics, and with the checkpoint
             if one was begun, else None.
         held_out: What is measured every `validate_every` steps, on every worker alike; see
@@ -138,6 +140,7 @@ def train(
         is_leaving: Whether a machine is about to go; see `take_steps`.
         rank: Of this worker.
         world_size: Number of workers.
+        is_shared: Whether `output_dir` is the same folder for all workers; see `Checkpoints`.
 
     Raises:
         ConfigError: Samples or workers do not fit the batch, or the runtime asks for what is not
@@ -157,6 +160,7 @@ def train(
         state.optimizer,
         identity=_identity(config, plan, state.contract),
         memory=state.progress,
+        is_shared=is_shared,
     )
     start = checkpoints.load(resume_from, learnt_from="samples") if resume_from else 0
     learnt = output_dir / "weights"

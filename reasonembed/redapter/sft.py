@@ -292,6 +292,7 @@ def fine_tune(
     is_leaving: IsLeaving = never,
     rank: int = 0,
     world_size: int = 1,
+    is_shared: bool = True,
 ) -> SFTResult:
     """Trains adapters or, without `lora`, all weights; with workers in an initialised group.
 
@@ -304,13 +305,15 @@ def fine_tune(
         examples: All of them, on every worker, in the same order.
         weights: Checkpoint of the student.
         runtime: Device, sharding, chunk size, checkpoint interval.
-        output_dir: Seen by all workers; receives `checkpoint-<step>` folders.
+        output_dir: Seen by all workers, unless it is not shared; receives `checkpoint-<step>`
+            folders.
         report: Called once a step on every rank with that step's metrics, and with the checkpoint
             if one was begun, else None.
         resume_from: A checkpoint folder, of any number of workers.
         is_leaving: Whether a machine is about to go; see `take_steps`.
         rank: Of this worker.
         world_size: Number of workers.
+        is_shared: Whether `output_dir` is the same folder for all workers; see `Checkpoints`.
 
     Raises:
         ConfigError: There is nothing to learn.
@@ -326,6 +329,7 @@ def fine_tune(
         state.placed,
         state.optimizer,
         identity=_identity(config, plan, weights),
+        is_shared=is_shared,
     )
     start = checkpoints.load(resume_from, learnt_from="answers") if resume_from else 0
     total = plan.total_steps

@@ -16,6 +16,7 @@ from statistics import fmean, median_low
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from reasonembed.config import AnnotateConfig
 from reasonembed.corpus import CorpusStore
@@ -29,7 +30,7 @@ from reasonembed.remixer.answers import (
     prompt_template,
     verdict,
 )
-from reasonembed.schemas import JUDGMENTS, Status, from_rows, row_seed
+from reasonembed.schemas import JUDGMENTS, Status, conform, from_rows, row_seed
 from reasonembed.tasks import Task
 
 GRADES = ("1", "2", "3", "4", "5")
@@ -54,13 +55,13 @@ class JudgedQuery:
 
 def plan_pairs(candidates: pa.Table, *, limit: int) -> pa.Table:
     """Explodes candidates to pairs, those of a query side by side (shared prefix)."""
-    rows = candidates.select(["query_id", "doc_ids"]).to_pylist()
-    pairs = [
-        {"query_id": row["query_id"], "doc_id": doc_id}
-        for row in rows
-        for doc_id in row["doc_ids"][:limit]
-    ]
-    return from_rows(pairs, PAIRS, where="pairs")
+    lists = pc.list_slice(candidates.column("doc_ids").combine_chunks(), 0, limit)
+    query_ids = candidates.column("query_id").combine_chunks()
+    pairs = {
+        "query_id": query_ids.take(pc.list_parent_indices(lists)),
+        "doc_id": pc.list_flatten(lists),
+    }
+    return conform(pa.table(pairs), PAIRS, where="pairs")
 
 
 def query_blocks(pairs: pa.Table, rows: int) -> list[pa.Table]:

@@ -44,6 +44,7 @@ from reasonembed.remixer.assemble import HELD_OUT, TRAIN, Placed, Row, split_of
 from reasonembed.remixer.lines import Tally, numbered_lines
 from reasonembed.remixer.msmarco import read_msmarco
 from reasonembed.schemas import SAMPLES, conform, stable_hash
+from reasonembed.storage import Place as Location
 from reasonembed.tasks import Task
 
 ExportForm = Literal["parquet", "reasonembed", "flagembedding", "sentence-transformers"]
@@ -82,7 +83,7 @@ def read_source(
     """
     counted = tally or Tally(source.max_bad_share)
     if source.form == "run":
-        artifact = finished_samples(Path(source.path))
+        artifact = finished_samples(source.path)
         yield from _checked(artifact.parts(), source.path)
     elif source.form == "parquet":
         for file in _files(source, ".parquet"):
@@ -126,13 +127,13 @@ def _task(name: str, tasks: Mapping[str, Task], *, where: object) -> Task:
     return tasks[name]
 
 
-def finished_samples(run_dir: Path) -> Artifact:
+def finished_samples(run_dir: str | Path | Location) -> Artifact:
     """The samples of a run.
 
     Raises:
         ConfigError: There are none, or not all of them.
     """
-    samples = Artifact.declared(run_dir / "samples", "samples")
+    samples = Artifact.declared(str(Location(run_dir) / "samples"), "samples")
     if samples.finished() is None:
         raise ConfigError(f"{run_dir} holds no finished samples; run its stage assemble first")
     return samples

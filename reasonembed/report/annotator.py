@@ -66,10 +66,10 @@ def _say(found: LabelAgreement) -> str:
 
 def _distilled(facts: Facts) -> list[Html]:
     """The student beside its teacher, as the distillation left it."""
-    file = facts.run.dir / "annotator" / "agreement.json"
-    if not file.is_file():
+    raw = (facts.run.place / "annotator" / "agreement.json").read()
+    if raw is None:
         return []
-    kit = json.loads(file.read_text(encoding="utf-8"))
+    kit = json.loads(raw)
     found = kit["agreement"] or {}
     rows = [[title, _figure(found.get(key))] for key, title in _KIT.items()]
     both = [kit["teacher"], kit["student"]]

@@ -73,7 +73,7 @@ def closest_samples(run: Run, query_ids: Collection[str]) -> dict[str, list[Clos
     near = read_run(_evaluated(run, CLOSEST_FILE))
     if unknown := sorted(set(query_ids) - near.keys()):
         raise ConfigError(
-            f"the evaluation of {run.dir} asks no query {unknown[0]!r}; its ids are those of the "
+            f"the evaluation of {run.place} asks no query {unknown[0]!r}; its ids are those of the "
             f"collection {run.config.evaluate.collection}. For a training query there is `trace`"
         )
     wanted = pa.array({one for query_id in query_ids for one in near[query_id]}, pa.string())
@@ -168,9 +168,9 @@ def look(run: Run, system: str) -> dict[str, Looked]:
 
 def _evaluated(run: Run, name: str) -> Path:
     """A file of the evaluation."""
-    file = run.dir / "evaluate" / name
     if run.directory("evaluate").finished() is None:
-        raise ConfigError(f"{run.dir} is not evaluated yet; finish its stages first")
+        raise ConfigError(f"{run.place} is not evaluated yet; finish its stages first")
+    file = run.local(f"evaluate/{name}")
     if not file.is_file():
         raise ConfigError(
             f"{file} is missing: the evaluation was made by an earlier version; evaluate again "

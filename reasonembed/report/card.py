@@ -28,6 +28,7 @@ from reasonembed.report.charts import number
 from reasonembed.report.facts import METRICS, SYSTEMS, Facts, signed
 from reasonembed.run import Run
 from reasonembed.schemas import Status
+from reasonembed.storage import Place, is_uri, last_part
 
 CARD_FILE = "README.md"
 UNKNOWN = "unknown"
@@ -36,29 +37,24 @@ _PLURALS = {"query": "queries", "gold document": "gold documents"}
 _TAGS = ("sentence-transformers", "feature-extraction", "retrieval", "reasoning", "reasonembed")
 
 
-def write_card(facts: Facts) -> Path | None:
+def write_card(facts: Facts) -> Place | None:
     """Writes the exported model's card, over an earlier one; None where no model is exported.
 
     Raises:
         StorageError: The file cannot be written.
         ModelError: The model's contract cannot be read.
     """
-    folder = facts.run.model_dir
+    folder = facts.run.model_place
     if not (folder / CONTRACT_FILE).is_file():
         return None
     file = folder / CARD_FILE
-    scratch = file.with_name(f".{CARD_FILE}")
-    try:
-        scratch.write_text(card(facts), encoding="utf-8")
-        scratch.replace(file)
-    except OSError as error:
-        raise StorageError(f"cannot write {file}: {error}") from error
+    file.write(card(facts).encode())
     return file
 
 
 def card(facts: Facts) -> str:
     """The card of the run's model, front matter and text."""
-    contract = _contract(facts.run.model_dir)
+    contract = _contract(facts.run.model_place)
     base, licence = _base(facts)
     sections = {
         "How to use it": _use(facts, contract),
@@ -71,7 +67,7 @@ def card(facts: Facts) -> str:
     }
     parts = [
         f"---\n{_front_matter(base, licence, languages=_languages(facts))}---",
-        f"# {facts.run.dir.resolve().name}",
+        f"# {facts.run.name}",
         _summary(facts, contract),
         *(f"## {title}\n\n{text}" for title, text in sections.items()),
         f"Written by reasonembed {__version__} from the run's own records.",
@@ -79,10 +75,10 @@ def card(facts: Facts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _contract(folder: Path) -> TokenisationContract:
+def _contract(folder: Place) -> TokenisationContract:
     try:
-        data = json.loads((folder / CONTRACT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads((folder / CONTRACT_FILE).read() or b"")
+    except (StorageError, ValueError) as error:
         raise ModelError(f"cannot read {folder / CONTRACT_FILE}: {error}") from error
     return TokenisationContract.from_json(data)
 
@@ -156,7 +152,8 @@ def _front_matter(base: str | None, licence: str, *, languages: list[str]) -> st
 
 def _origin(facts: Facts, base: str | None, licence: str) -> str:
     name = facts.config.train.encoder.model
-    start = f"Training began with `{Path(name).name if Path(name).is_absolute() else name}`"
+    is_place = is_uri(name) or Path(name).is_absolute()
+    start = f"Training began with `{last_part(name) if is_place else name}`"
     chain = f", which descends from `{base}`" if base and base != name else ""
     if licence == UNKNOWN:
         said = "The base model's files do not say its licence: it is unknown, look it up before use"
@@ -170,7 +167,7 @@ def _descent(facts: Facts) -> Iterator[str]:
     run = facts.run
     if run.config.assemble.sources:
         for source in run.config.assemble.sources:
-            yield f"Samples were imported from `{Path(source.path).name}` (form `{source.form}`)"
+            yield f"Samples were imported from `{last_part(source.path)}` (form `{source.form}`)"
             if source.form == "run":
                 yield from _descent_of_run(source.path)
     else:
@@ -186,7 +183,7 @@ def _descent_of_run(path: str) -> Iterator[str]:
     try:
         yield from _descent(Facts(Run.existing(path)))
     except (ReasonEmbedError, OSError):
-        yield f"How the samples of `{Path(path).name}` were made cannot be read any more"
+        yield f"How the samples of `{last_part(path)}` were made cannot be read any more"
 
 
 def _made(facts: Facts) -> Iterator[str]:
@@ -199,7 +196,7 @@ def _made(facts: Facts) -> Iterator[str]:
         yield f"Queries: {number(usable)}, written from documents of the corpus by a language model"
     for model, work in facts.llms():
         yield f"Language model `{model}`: {work}"
-    yield f"Candidates were mined with `{Path(facts.config.mine.encoder.model).name}`"
+    yield f"Candidates were mined with `{last_part(facts.config.mine.encoder.model)}`"
 
 
 def _num_rows(facts: Facts, kind: str) -> str:
@@ -342,7 +339,7 @@ def _summary(facts: Facts, contract: TokenisationContract) -> str:
     kept = "stay bare" if is_bare else f"stand in `{contract.document_template!r}`"
     return (
         "A text embedding model for retrieval where a query and what answers it share few words: "
-        f"`{Path(facts.config.train.encoder.model).name}`, trained with ReasonEmbed "
+        f"`{last_part(facts.config.train.encoder.model)}`, trained with ReasonEmbed "
         f"(arXiv:2510.08252). Vectors have {contract.dimension} numbers"
         f"{' and length 1' if contract.normalise else ''}; compare them by cosine. Queries carry "
         f"an instruction, documents {kept}."

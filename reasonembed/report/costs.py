@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
+from reasonembed.planner.actual import compare, read_plan
 from reasonembed.progress import duration
 from reasonembed.report.charts import NOTHING, Html, join, meter, number, table, tag
 from reasonembed.report.facts import Facts, finite
@@ -49,7 +50,37 @@ def costs(facts: Facts) -> Html:
         "loading. Tokens are read plus written by language models, and those trained on; rows "
         "that were computed again count each time."
     )
-    return join([table(head, rows, align="lrrlrrrr"), tag("p", said, class_="muted small")])
+    own = [table(head, rows, align="lrrlrrrr"), tag("p", said, class_="muted small")]
+    return join([*own, *_planned(facts)])
+
+
+def _planned(facts: Facts) -> list[Html]:
+    """Planned against actual; nothing where there is no plan."""
+    plan = read_plan(facts.run)
+    rows = compare(facts.run, plan, timeline=facts.timeline) if plan else []
+    if not rows or plan is None:
+        return []
+    head = ["stage", "planned", "actual", "ratio", "tokens planned", "tokens"]
+    is_paid = any(row.planned_cost for row in rows)
+    money = [f"planned {plan.currency}", plan.currency] if is_paid else []
+    cells = [
+        [
+            row.stage,
+            duration(row.planned_s),
+            duration(row.actual_s),
+            number(row.ratio, 2),
+            number(row.planned_tokens or None),
+            number(row.actual_tokens or None),
+            *([number(row.planned_cost, 2), number(row.actual_cost, 2)] if is_paid else []),
+        ]
+        for row in rows
+    ]
+    said = f"Planned before the first stage, for {plan.shape}; a stage that ran again counts twice."
+    return [
+        tag("h3", "Planned and actual"),
+        table([*head, *money], cells, align="lrrrrr" + "r" * len(money)),
+        tag("p", said, class_="muted small"),
+    ]
 
 
 def _cost_row(cost: _Cost, longest: float, total: float) -> list[object]:

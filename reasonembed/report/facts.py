@@ -49,12 +49,12 @@ class Facts:
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """The training log."""
-        return TrainLog(self.run.dir / "train" / "log.jsonl").steps()
+        return TrainLog(self.run.local("train/log.jsonl")).steps()
 
     @cached_property
     def sample_steps(self) -> list[dict[str, Any]]:
         """What each sample gave in each step of the training."""
-        return SampleLog(self.run.dir / "train" / "samples.jsonl").steps()
+        return SampleLog(self.run.local("train/samples.jsonl")).steps()
 
     @cached_property
     def scorecard(self) -> dict[str, Any] | None:

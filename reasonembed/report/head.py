@@ -35,7 +35,7 @@ def header(facts: Facts) -> Html:
     items = [part for key, text in described.items() for part in (tag("dt", key), tag("dd", text))]
     return tag(
         "header",
-        tag("h1", f"ReasonEmbed run {run.dir.resolve().name}"),
+        tag("h1", f"ReasonEmbed run {run.name}"),
         tag("dl", *items, class_="facts"),
         _stage_strip(facts),
     )

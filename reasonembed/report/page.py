@@ -24,16 +24,20 @@ from reasonembed.report.reading import honest
 from reasonembed.report.training import trained
 from reasonembed.report.triviality import trivial
 from reasonembed.run import Run
+from reasonembed.storage import Place
 
 FILE = "report.html"
 _LOG = logging.getLogger(__name__)
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run) -> Path | Place:
     """Writes `report.html` into the run's directory, and its model's card, over earlier ones.
 
     Args:
         run: Finished or not.
+
+    Returns:
+        Where it lies.
 
     Raises:
         StorageError: The file cannot be written.
@@ -44,15 +48,16 @@ def write_report(run: Run) -> Path:
     for section in _SECTIONS:
         heading = tag("h2", section.title, id=section.anchor)
         parts.append(tag("section", heading, _guarded(section.build, facts)))
-    file = run.dir / FILE
-    write_page(
-        file,
-        title=f"ReasonEmbed run {run.dir.resolve().name}",
-        body=join(parts),
-        cure="nothing of the run is lost, ask for the report again",
-    )
+    with run.writing("") as folder:
+        write_page(
+            folder / FILE,
+            title=f"ReasonEmbed run {run.name}",
+            body=join(parts),
+            cure="nothing of the run is lost, ask for the report again",
+        )
     write_card(facts)
-    return file
+    file = run.place / FILE
+    return file.local if file.is_local else file
 
 
 def _guarded(build: Callable[[Facts], Html], facts: Facts) -> Html:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,7 @@ from reasonembed.remixer.triviality import (
 )
 from reasonembed.report.charts import NOTHING, Html, join, number, table, tag
 from reasonembed.report.facts import NOT_RUN, Facts
+from reasonembed.storage import Place, last_part
 
 MAX_QUERIES, MAX_DOCUMENTS = 1_000, 20_000  # what takes seconds, not minutes
 _VERDICTS = {
@@ -138,24 +138,23 @@ def _miner_vectors(facts: Facts) -> _Stored | None:
     config = facts.config
     encoder = config.mine.encoder
     wanted = flatten(
-        encoder.model_copy(update={"model": Path(encoder.model).name}), prefix="encoder"
+        encoder.model_copy(update={"model": last_part(encoder.model)}), prefix="encoder"
     )
     mined = facts.run.artifact("candidates").stage()
     if mined is not None and "weights" in mined.identity:
         wanted["weights"] = mined.identity["weights"]
-    place = Path(config.runtime.vectors_dir or facts.run.dir / "embeddings")
     found = []
-    for folder in sorted(place.glob("*")):
-        stage = StageDirectory(folder, name=folder.name).stage()
+    for folder in facts.run.vectors_place.children():
+        stage = StageDirectory(str(folder), name=folder.name).stage()
         if stage is not None and wanted.items() <= stage.identity.items():
             found.append(folder)
     # Where the candidates name no weights, nobody can tell which one of two has mined.
     return _stored(found[0]) if len(found) == 1 else None
 
 
-def _stored(folder: Path) -> _Stored | None:
-    parts = sorted((folder / "data").glob("*.parquet"))
+def _stored(folder: Place) -> _Stored | None:
+    parts = [part for part in (folder / "data").children() if part.name.endswith(".parquet")]
     if not parts:
         return None
-    schema = pq.read_schema(parts[0])
-    return _Stored(Artifact(folder, schema=schema, key=("id",), name=folder.name))
+    schema = pq.read_schema(parts[0].path, filesystem=parts[0].fs)
+    return _Stored(Artifact(str(folder), schema=schema, key=("id",), name=folder.name))

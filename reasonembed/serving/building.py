@@ -197,7 +197,7 @@ class _RunSource:
         artifact = self.run.artifact("corpus")
         stage = artifact.stage()
         if stage is None or not artifact.commits():
-            raise ConfigError(f"{self.run.dir} has no corpus yet; run its stage corpus")
+            raise ConfigError(f"{self.run.place} has no corpus yet; run its stage corpus")
         keys = sorted(commit.keys_digest for commit in artifact.commits())
         return {"corpus": stage.fingerprint, "corpus.keys": stable_hash(*keys)}
 

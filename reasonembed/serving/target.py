@@ -22,6 +22,7 @@ from reasonembed.embedder.contract import (
 from reasonembed.errors import ConfigError, ModelError
 from reasonembed.evaluation.protocols import BGE_GENERAL
 from reasonembed.models import resolve
+from reasonembed.storage import Place, is_uri
 
 GENERIC = tasks.get("generic").instruction
 """What queries ask for where nobody says."""
@@ -57,14 +58,13 @@ def find_target(config: ServeConfig) -> Target:
         ModelError: There is no such model, or a run that has exported none yet.
         ConfigError: The contract does not fit the weights, or there are two.
     """
+    if is_uri(config.model) and (stored := _stored(config)) is not None:
+        return stored
     folder = Path(config.model).expanduser()
     is_run = (folder / _RUN_FILE).is_file()
     if is_run or (folder / CONTRACT_FILE).is_file():
         if config.encoder is not None:
-            raise ConfigError(
-                f"encoder: {config.model} brings the contract that it was trained under; leave "
-                "the section out"
-            )
+            raise ConfigError(_BRINGS_ITS_OWN.format(config.model))
         return _run(folder) if is_run else _export(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
@@ -83,6 +83,27 @@ def find_target(config: ServeConfig) -> Target:
         )
     name = folder.absolute().name if folder.is_dir() else config.model
     return _checkpoint(encoder, config, name=name, instruction=GENERIC)
+
+
+_BRINGS_ITS_OWN = "encoder: {} brings the contract that it was trained under; leave the section out"
+
+
+def _stored(config: ServeConfig) -> Target | None:
+    """A run or an export in an object store, fetched into the cache; None for a bare checkpoint."""
+    from reasonembed.run import Run
+
+    place, name, instruction = Place(config.model), "", GENERIC
+    if (place / _RUN_FILE).is_file():
+        run = Run.existing(config.model)
+        place, name, instruction = run.model_place, run.name, run.instruction
+    if not (place / CONTRACT_FILE).is_file():
+        if name:
+            raise ModelError(f"{config.model} has no exported model yet; finish the run")
+        return None
+    if config.encoder is not None:
+        raise ConfigError(_BRINGS_ITS_OWN.format(config.model))
+    path = resolve(place.uri, cache_dir=config.cache_dir)
+    return Target(path, read_contract(path), name or place.name, instruction, is_export=True)
 
 
 def _run(folder: Path) -> Target:

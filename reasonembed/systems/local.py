@@ -103,7 +103,7 @@ class LocalWork:
         cut: Callable[[pa.Table, int], list[pa.Table]] | None = None,
     ) -> int:
         """See `Work.compute`."""
-        todo = artifact.missing(planned, retry=self.retry)
+        todo = artifact.anti_join(retry=self.retry)(planned)
         if not todo.num_rows:
             return 0
         done, attempt = planned.num_rows - todo.num_rows, uuid.uuid4().hex[:12]

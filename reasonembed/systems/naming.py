@@ -8,6 +8,7 @@ from reasonembed.config import BM25Retriever, DenseRetriever, EncoderConfig, Sys
 from reasonembed.embedder.contract import CONTRACT_FILE, load_tokenizer, read_contract
 from reasonembed.errors import ConfigError
 from reasonembed.run import Run
+from reasonembed.storage import Place, is_uri
 from reasonembed.systems.catalogue import load_system, system_names
 from reasonembed.systems.retrieval import parts_of
 
@@ -31,6 +32,10 @@ def encoder_named(name: str, *, encoder: EncoderConfig | None = None) -> Encoder
             model that brings its contract was given another one.
         ModelError: An export's contract cannot be read.
     """
+    if is_uri(name) and is_run(name):
+        if encoder is not None:
+            raise ConfigError(f"{name} brings its own contract; leave out the section encoder")
+        return _of_run(name)
     folder = Path(name).expanduser()
     if is_run(folder) or (folder / CONTRACT_FILE).is_file():
         if encoder is not None:
@@ -47,7 +52,7 @@ def encoder_named(name: str, *, encoder: EncoderConfig | None = None) -> Encoder
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run."""
-    return Path(folder, "config.resolved.yaml").is_file()
+    return (Place(folder) / "config.resolved.yaml").is_file()
 
 
 def retrievers_of(system: SystemConfig) -> tuple[EncoderConfig | None, BM25Retriever | None]:
@@ -68,10 +73,10 @@ def retrievers_of(system: SystemConfig) -> tuple[EncoderConfig | None, BM25Retri
     return (dense[0] if dense else None), (bm25[0] if bm25 else None)
 
 
-def _of_run(folder: Path) -> EncoderConfig:
+def _of_run(folder: str | Path) -> EncoderConfig:
     """As the run embeds with it, so that its vectors are found again."""
     run = Run.existing(folder)
-    if not (run.model_dir / CONTRACT_FILE).is_file():
+    if not (run.model_place / CONTRACT_FILE).is_file():
         raise ConfigError(f"{folder} has no exported model; finish the run, or name a model")
     return run.encoders.trained
 

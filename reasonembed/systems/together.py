@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 
 from reasonembed.artifacts import Artifact, Commit, Mapper, equal_blocks
 from reasonembed.config import LLMConfig, LLMPool, RuntimeConfig
+from reasonembed.keyset import AntiJoin
 from reasonembed.llm.protocol import Engine, WithEngine
+from reasonembed.storage import Place
 from reasonembed.systems.local import Work
 
 _NUMBER = "number_of_share"
@@ -79,18 +81,30 @@ class _Artifacts:
     def __init__(self, artifacts: Sequence[Artifact]) -> None:
         self._artifacts = artifacts
 
-    def missing(self, planned: pa.Table, *, retry: Collection[str] = ()) -> pa.Table:
-        return pa.concat_tables(
-            artifact.missing(_of_share(planned, number), retry=retry)
-            for number, artifact in enumerate(self._artifacts)
+    @property
+    def place(self) -> Place:
+        return self._artifacts[0].place
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self._artifacts[0].key
+
+    def anti_join(self, *, retry: Collection[str] = ()) -> AntiJoin:
+        joins = [artifact.anti_join(retry=retry) for artifact in self._artifacts]
+        return lambda planned: pa.concat_tables(
+            join(_of_share(planned, number)) for number, join in enumerate(joins)
         )
 
     def commit(self, part: str, table: pa.Table) -> Commit:
         number, rows = _unnumbered(table)
         return self._artifacts[number].commit(part, rows)
 
-    def commits(self) -> list[Commit]:
-        return [commit for artifact in self._artifacts for commit in artifact.commits()]
+    def committed(self, part: str) -> Commit | None:
+        found = (artifact.committed(part) for artifact in self._artifacts)
+        return next((commit for commit in found if commit is not None), None)
+
+    def compact(self, *, beyond: int = 1) -> int:
+        return sum(artifact.compact(beyond=beyond) for artifact in self._artifacts)
 
 
 @dataclass(frozen=True)

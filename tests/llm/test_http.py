@@ -357,9 +357,9 @@ def test_bad_requests_are_a_sign_of_life():
 def test_time_in_which_nobody_asks_is_no_silence():
     replies = [completion("fine"), Reply({"error": {"message": "no"}}, status=401)]
     with serving(lambda _: replies.pop(0)) as server:
-        client = engine(server, timeout_s=0.5, dead_after_s=0.5)
+        client = engine(server, timeout_s=1.5, dead_after_s=1.5)
         (first,) = client.complete([request()])
-        time.sleep(0.6)
+        time.sleep(1.6)
         (second,) = client.complete([request()])
         client.close()
     assert (first.finish_reason, second.finish_reason) == ("stop", "error")

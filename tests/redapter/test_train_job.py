@@ -9,6 +9,7 @@ from reasonembed.artifacts import StageDirectory
 from reasonembed.config import TrainRuntime
 from reasonembed.errors import ConfigError
 from reasonembed.redapter.log import TrainLog
+from reasonembed.storage import Place
 
 
 def test_a_checkpoint_is_registered_before_trackers_are_asked(tmp_path, monkeypatch):
@@ -18,7 +19,7 @@ def test_a_checkpoint_is_registered_before_trackers_are_asked(tmp_path, monkeypa
     monkeypatch.setattr(train.ray.train, "get_checkpoint", lambda: None)
     monkeypatch.setattr(train, "Announcements", lambda: lambda: False)
 
-    def register(metrics, saved):
+    def register(metrics, saved, kept):
         # The line is there already: a run that goes on from this checkpoint takes no step twice.
         assert [row["step"] for row in TrainLog(tmp_path / "log.jsonl").steps()] == [0.0]
         order.append("registered")
@@ -29,7 +30,8 @@ def test_a_checkpoint_is_registered_before_trackers_are_asked(tmp_path, monkeypa
     )
     train.in_worker(
         lambda *, report, **_: report({"step": 0.0, "loss": 1.0}, SimpleNamespace()),
-        storage=tmp_path,
+        storage=Place(tmp_path),
+        folder=tmp_path,
         trackers=trackers,
     )
     assert order == ["registered", "tracked", "closed"]
@@ -53,6 +55,7 @@ class FakeRun:
 
     def __init__(self, folder, *, identity):
         self.dir, self._identity = folder, {"settings": identity}
+        self.place = Place(folder)
         section = SimpleNamespace(train=None)
         self.config = SimpleNamespace(train=None, runtime=section)
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from reasonembed.artifacts import Artifact, CommittedRows
+from reasonembed.artifacts import Artifact
 from reasonembed.config import LLMConfig, LLMPool, RuntimeConfig
 from reasonembed.progress import Reporter
 from reasonembed.systems.local import LocalWork
@@ -69,14 +69,14 @@ def test_equal_ids_of_two_collections_are_kept_apart(artifacts):
 
 def test_what_is_there_is_not_asked_again_unless_it_failed(artifacts):
     ask(artifacts, [Make("a"), Make("b"), Make("c", status="error")], ids=("12", "", "12"))
-    counter = CommittedRows(artifacts[2])
+    before = len(artifacts[2].commits())
     makes = [Make(name) for name in "abc"]
     ask(artifacts, makes)
     assert [make.blocks for make in makes] == [[["3", "4"]], [], []]
-    assert counter.new() == 0
+    assert len(artifacts[2].commits()) == before
     ask(artifacts, makes, retry=frozenset({"error"}))
     assert makes[2].blocks == [["1", "2"]] and artifacts[2].statuses() == {"ok": 2}
-    assert counter.new() == 2
+    assert sum(commit.rows for commit in artifacts[2].commits()[before:]) == 2
 
 
 def test_nothing_is_asked_of_no_collection():
