@@ -1,6 +1,8 @@
 """Judges every (query, candidate) pair 1–5 after a written analysis, on a pool of LLM actors."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -16,12 +18,15 @@ from reasonembed.remixer.mine import keeping_to_source
 from reasonembed.run import Run
 from reasonembed.schemas import Status
 
+# Called in the actor: a driver that plans millions of pairs does not hold their queries.
+_Queries = Callable[[], dict[str, JudgedQuery]]
+
 
 @dataclass(frozen=True)
 class _Make:
     config: AnnotateConfig
     run: Run
-    queries: dict[str, JudgedQuery]
+    queries: _Queries
 
     def __call__(self, engine: Engine) -> Mapper:
         corpus = self.run.corpus_store()
@@ -29,15 +34,28 @@ class _Make:
             self.config,
             engine=engine,
             corpus=corpus,
-            queries=self.queries,
+            queries=self.queries(),
             tasks=self.run.config.task_table,
         )
 
 
 def judge(
-    job: Job, pairs: pa.Table, artifact: Artifact, queries: dict[str, JudgedQuery], *, label: str
+    job: Job,
+    pairs: pa.Table | Iterable[pa.Table],
+    artifact: Artifact,
+    queries: _Queries,
+    *,
+    label: str,
 ) -> dict[str, Any]:
-    """Commits judgments of `pairs` to `artifact`, and says how they went."""
+    """Commits judgments of `pairs` to `artifact`, and says how they went.
+
+    Args:
+        job: Surroundings.
+        pairs: Rows of `annotate.PAIRS`, those of a query side by side.
+        artifact: Of `schemas.JUDGMENTS`.
+        queries: Gives the queries by their id; picklable.
+        label: For the progress line.
+    """
     config, runtime = job.run.config.annotate, job.run.config.runtime
     make = WithEngine(
         config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run, queries)
@@ -47,8 +65,10 @@ def judge(
         job, pairs, artifact, make, pool, label=label, overlap=pool.overlap, cut=query_blocks
     )
     counts = check_share(artifact, config.max_failed_share)
-    spent = artifact.history(columns=["prompt_tokens", "cached_tokens"])
-    read, cached = (pc.sum(column).as_py() or 0 for column in spent.columns)
+    read = cached = 0
+    for _, _, spent in artifact.row_groups(columns=["prompt_tokens", "cached_tokens"]):
+        read += pc.sum(spent["prompt_tokens"]).as_py() or 0
+        cached += pc.sum(spent["cached_tokens"]).as_py() or 0
     return {**counts, "cached share of tokens read": round(cached / read, 3) if read else 0}
 
 
@@ -56,16 +76,25 @@ def run(job: Job) -> dict[str, Any]:
     """Commits `judgments`."""
     artifact = job.run.artifact("judgments")
     job.run.begin("annotate", artifact)
-    candidates = keeping_to_source(
-        job.run.artifact("candidates").read(), max_source_rank=job.run.config.mine.max_source_rank
-    )
-    pairs = plan_pairs(candidates, limit=job.run.config.annotate.candidates_per_query)
-    queries = {
+    queries = partial(_judged_queries, job.run)
+    return judge(job, _pairs(job.run), artifact, queries, label="annotate")
+
+
+def _pairs(run: Run) -> Iterator[pa.Table]:
+    bound, limit = run.config.mine.max_source_rank, run.config.annotate.candidates_per_query
+    columns = ["query_id", "doc_ids", "source_rank"]
+    for some in run.artifact("candidates").rows(columns=columns):
+        yield plan_pairs(keeping_to_source(some, max_source_rank=bound), limit=limit)
+
+
+def _judged_queries(run: Run) -> dict[str, JudgedQuery]:
+    columns = ["query_id", "query", "task", "status"]
+    return {
         row["query_id"]: JudgedQuery(row["query"], row["task"])
-        for row in job.run.artifact("queries").read().to_pylist()
+        for some in run.artifact("queries").rows(columns=columns)
+        for row in some.to_pylist()
         if row["status"] == Status.OK
     }
-    return judge(job, pairs, artifact, queries, label="annotate")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def _import(job: Job, writer: SampleWriter) -> dict[str, int]:
             tasks=config.task_table,
             held_out_share=config.assemble.held_out_share,
             tally=tally,
-            scratch=job.run.dir,
+            scratch=job.run.dir if job.run.place.is_local else None,
         )
         found = writer.write(rows, name=f"source-{number:02d}")
         if not found:

@@ -1,5 +1,7 @@
 """Measures the annotator: it judges pairs of the evaluation, whose gold is known."""
 
+from functools import partial
+
 from ray_jobs.annotate import judge
 from ray_jobs.embed import embed_evaluated, evaluated_queries
 from ray_jobs.job import Job, main
@@ -30,7 +32,7 @@ def run(job: Job) -> dict[str, int]:
     )
     task = job.run.config.corpus.task
     queries = {id_: JudgedQuery(text, task) for id_, text in collection.queries.items()}
-    return judge(job, pairs, artifact, queries, label="audit the annotator")
+    return judge(job, pairs, artifact, partial(dict, queries), label="audit the annotator")
 
 
 if __name__ == "__main__":

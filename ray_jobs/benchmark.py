@@ -25,10 +25,13 @@ class RayWork:
     Args:
         reporter: Where to speak.
         retry: Statuses of rows that are computed again.
+        owner: Folder that no other driver writes to.
     """
 
-    def __init__(self, reporter: Reporter, *, retry: frozenset[str] = frozenset()) -> None:
-        self.reporter, self.retry = reporter, retry
+    def __init__(
+        self, reporter: Reporter, *, retry: frozenset[str] = frozenset(), owner: str = ""
+    ) -> None:
+        self.reporter, self.retry, self.owner = reporter, retry, owner
 
     def compute(
         self,
@@ -60,7 +63,8 @@ def measure_on_cluster(
     with quiet(results / "logs" / "ray.log") as console:
         try:
             join_or_start(config.runtime)
-            found = measure_all(config, work=RayWork(Reporter(console), retry=retry))
+            work = RayWork(Reporter(console), retry=retry, owner=str(results))
+            found = measure_all(config, work=work)
         finally:
             ray.shutdown()
     return table_lines(found, place=results)

@@ -1,6 +1,7 @@
 """Teaches a small annotator: a teacher's trajectories, fine-tuning, agreement on held-out pairs."""
 
 import json
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,16 +11,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import ray.train
 
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import run_planned
-from ray_jobs.train import in_worker, trainer
+from ray_jobs.train import in_worker, trainer, watched_log, working_folder
 from reasonembed.artifacts import Artifact, Mapper, check_share
 from reasonembed.config import DistillConfig, LLMConfig, TrainRuntime, flatten
 from reasonembed.errors import ConfigError
 from reasonembed.llm.protocol import Engine, WithEngine
+from reasonembed.logs import WorkerLog
 from reasonembed.models import resolve, weights_fingerprint
-from reasonembed.redapter.log import TrainLog
 from reasonembed.redapter.sft import ChatTokenizer, Example, StepPlan, fine_tune, save_student
 from reasonembed.redapter.trackers import Trackers, require
 from reasonembed.remixer.annotate import JudgedQuery, query_blocks
@@ -34,6 +36,9 @@ from reasonembed.remixer.distill import (
 )
 from reasonembed.run import Run
 from reasonembed.schemas import Status
+from reasonembed.storage import Place
+
+_FOLDER = "annotator"
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def _plan(run: Run, config: DistillConfig, *, known: Collection[str]) -> pa.Tabl
     )
     if not planned.num_rows:
         raise ConfigError(
-            f"{run.dir} has no candidates to be judged; run it up to the stage mine first"
+            f"{run.place} has no candidates to be judged; run it up to the stage mine first"
         )
     return planned
 
@@ -137,7 +142,7 @@ def _teach(job: Job, config: DistillConfig, selection: Selection) -> dict[str, A
         job.reporter.say(f"      {task}, by label: {_counts(labels)}")
     examples = _examples(job.run, config)
     steps = StepPlan(examples, config).total_steps
-    if not (job.run.annotator_dir / "config.json").is_file():
+    if not (job.run.annotator_place / "config.json").is_file():
         _train(job, config, steps=steps)
     return {
         "asked": selection.funnel["asked"],
@@ -148,7 +153,7 @@ def _teach(job: Job, config: DistillConfig, selection: Selection) -> dict[str, A
 
 
 def _training(run: Run) -> Artifact:
-    return Artifact.declared(run.annotator_dir.parent / "training", "trajectories")
+    return Artifact.declared(str(run.annotator_place.parent / "training"), "trajectories")
 
 
 def _student(run: Run, config: DistillConfig) -> Path:
@@ -167,6 +172,8 @@ def _examples(run: Run, config: DistillConfig) -> list[Example]:
 
 def _worker(payload: dict[str, _Payload]) -> None:
     work = payload["payload"]
+    WorkerLog(work.run.name, "distill").start()
+    folder = working_folder(work.run, _FOLDER)
     in_worker(
         partial(
             fine_tune,
@@ -175,32 +182,44 @@ def _worker(payload: dict[str, _Payload]) -> None:
             weights=_student(work.run, work.config),
             runtime=work.runtime,
         ),
-        storage=work.run.annotator_dir.parent,
+        storage=work.run.annotator_place.parent,
+        folder=folder,
         trackers=Trackers(
             work.runtime.trackers,
-            directory=work.run.annotator_dir.parent,
+            directory=folder,
             settings=flatten(work.config, prefix="distill"),
         ),
     )
 
 
 def _train(job: Job, config: DistillConfig, *, steps: int) -> None:
-    runtime, place = job.run.config.runtime.train, job.run.annotator_dir.parent
+    runtime, place = job.run.config.runtime.train, job.run.annotator_place.parent
     require(runtime.trackers)
-    log = TrainLog(place / "log.jsonl")
+    log = watched_log(job.run, _FOLDER)
     payload = _Payload(config, runtime, job.run)
     with job.reporter.watching(
         "student", total=steps, done=lambda: len(log.steps()), unit="steps", note=log.summary
     ):
         result = trainer(_worker, payload, runtime=runtime, storage=place).fit()
     assert result.checkpoint is not None, "training ended without a checkpoint"
-    checkpoint = Path(result.checkpoint.path)  # in the run's folder, which all nodes see
-    ray.get(_save.remote(config, checkpoint, run=job.run))
+    ray.get(_save.remote(config, result.checkpoint, run=job.run))
 
 
 @ray.remote(num_cpus=1)
-def _save(config: DistillConfig, checkpoint: Path, *, run: Run) -> None:
-    save_student(config, checkpoint, weights=_student(run, config), output_dir=run.annotator_dir)
+def _save(config: DistillConfig, checkpoint: ray.train.Checkpoint, *, run: Run) -> None:
+    weights, place = _student(run, config), run.annotator_place
+    with checkpoint.as_directory() as folder, tempfile.TemporaryDirectory() as scratch:
+        output = place.local if place.is_local else Path(scratch) / place.name
+        save_student(config, Path(folder), weights=weights, output_dir=output)
+        if not place.is_local:
+            _put_model(output, place)
+
+
+def _put_model(folder: Path, place: Place) -> None:
+    """What says that the model is there goes last."""
+    first = [child for child in folder.iterdir() if child.name != "config.json"]
+    for child in [*first, folder / "config.json"]:
+        (place / child.name).put(child)
 
 
 # ---- the student is measured ------------------------------------------------------------------
@@ -214,16 +233,17 @@ def _examine(
     queries: dict[str, JudgedQuery],
 ) -> dict[str, Any]:
     """The student judges the held-out pairs; `agreement.json` compares it with the teacher."""
-    place = job.run.annotator_dir
-    answers = Artifact.declared(place.parent / "held_out", "trajectories")
-    answers.begin({"student": weights_fingerprint(place)})
-    llm = student_llm(config, place)
+    place = job.run.annotator_place
+    answers = Artifact.declared(str(place.parent / "held_out"), "trajectories")
+    model = resolve(place.uri, cache_dir=job.run.config.runtime.cache_dir)
+    answers.begin({"student": weights_fingerprint(model)})
+    llm = student_llm(config, model).model_copy(update={"model": place.uri})
     _ask(job, planned, answers, _Make(config, llm, "student", job.run, queries))
     found = compare(
         keep_planned(written, planned), answers.read(), min_agreement=config.min_agreement
     )
     found["engines"] = {"teacher": config.llm.engine, "student": llm.engine}
-    (place.parent / "agreement.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (place.parent / "agreement.json").write(json.dumps(found, indent=1).encode())
     return _told(job, found)
 
 

@@ -1,6 +1,7 @@
 """Searches the evaluation collection with BM25, the miner, and the backbone before and after."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -45,23 +46,29 @@ def run(job: Job) -> dict[str, Any]:
     collection.check_against(store.doc_ids)
     trained = trained_queries(job.run.artifact("samples"))
     runs = _runs(job, store, trained)
-    pq.write_table(to_table(_closest(job, trained)), job.run.dir / "evaluate" / CLOSEST_FILE)
     measured = {name: evaluate_run(ranked, collection.qrels) for name, ranked in runs.items()}
-    _write_results(job, store, runs, measured)
+    with job.run.writing("evaluate") as folder:
+        pq.write_table(to_table(_closest(job, trained)), folder / CLOSEST_FILE)
+        _write_results(job, store, runs, measured, place=folder)
     card = scorecard(measured, collection, baseline="before", system="after")
     directory.finish(card)
     return _headline(card)
 
 
 def _write_results(
-    job: Job, store: CorpusStore, runs: dict[str, RankedRun], measured: dict[str, Metrics]
+    job: Job,
+    store: CorpusStore,
+    runs: dict[str, RankedRun],
+    measured: dict[str, Metrics],
+    *,
+    place: Path,
 ) -> None:
     """Runs, and a folder a system, which `reasonembed evaluate compare` reads."""
     collection = job.run.collection
     identity, corpus = job.run.identity("evaluate"), corpus_fingerprint(store)
     credited = collection.credit_duplicates(_copies(store)).qrels
     for name, ranked in runs.items():
-        folder = job.run.dir / "evaluate" / name
+        folder = place / name
         table, trec = (folder.with_name(f"{name}{suffix}") for suffix in (".parquet", ".trec"))
         made = provenance(
             collection,

@@ -1,7 +1,6 @@
 """Writes the trained model in the form that sentence-transformers, vLLM and the service load."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +12,7 @@ from reasonembed.models import resolve
 from reasonembed.redapter.export import Exported, export
 from reasonembed.report.card import write_card
 from reasonembed.report.facts import Facts
+from reasonembed.run import Run
 from reasonembed.schemas import stable_hash
 
 
@@ -20,22 +20,22 @@ from reasonembed.schemas import stable_hash
 def _export(
     encoder: EncoderConfig,
     *,
-    cache_dir: str | None,
-    learnt: Path,
-    output: Path,
-    instruction: str,
+    run: Run,
     matryoshka: tuple[int, ...],
     texts: list[str],
 ) -> Exported:
-    weights = resolve(encoder.model, cache_dir=cache_dir)
-    return export(
-        weights,
-        learnt,
-        replace(resolve_contract(weights, encoder), matryoshka_dimensions=matryoshka),
-        output_dir=output,
-        instruction=instruction,
-        golden_texts=texts,
-    )
+    weights = resolve(encoder.model, cache_dir=run.config.runtime.cache_dir)
+    contract = replace(resolve_contract(weights, encoder), matryoshka_dimensions=matryoshka)
+    learnt = run.local("train/weights")
+    with run.writing("export") as folder:
+        return export(
+            weights,
+            learnt,
+            contract,
+            output_dir=folder / run.model_place.name,
+            instruction=run.instruction,
+            golden_texts=texts,
+        )
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -50,10 +50,7 @@ def run(job: Job) -> dict[str, Any]:
     exported = ray.get(
         _export.remote(
             job.run.encoders.backbone,
-            cache_dir=job.run.config.runtime.cache_dir,
-            learnt=(job.run.dir / "train" / "weights").absolute(),
-            output=job.run.model_dir.absolute(),
-            instruction=job.run.instruction,
+            run=job.run,
             matryoshka=job.run.config.train.matryoshka_dimensions,
             texts=golden,
         )

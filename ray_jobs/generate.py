@@ -34,7 +34,7 @@ def run(job: Job) -> dict[str, int]:
     make = WithEngine(config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run))
     run_planned(
         job,
-        job.run.artifact("seeds").read(),
+        job.run.artifact("seeds").rows(),
         artifact,
         make,
         runtime.generate,

@@ -97,6 +97,8 @@ def run(job: Job) -> dict[str, Any]:
     if queries.num_rows and artifact.finished() != state:
         plan = _plan(job, documents, queries)
         rankers = _rankers(job, plan, notes)
+        if job.shard is not None:  # the others' hits are not there yet, and fusing is cheap
+            return {"blocks of queries": len(plan.blocks)}
         notes |= _commit(job, artifact, plan, rankers)
         artifact.finish(state)
     done = artifact.read(columns=["doc_ids", "num_excluded", "source_rank"])
@@ -284,7 +286,8 @@ def _commit(job: Job, artifact: Artifact, plan: Plan, rankers: dict[str, Ranker]
     """Fuses block by block, commits what differs, and says how much that is."""
     config, total = job.run.config.mine, Churn()
     name = "candidates-before"  # a second round compares with the first one's, until it is done
-    before = Artifact(job.run.dir / name, schema=artifact.schema, key=artifact.key, name=name)
+    place = str(job.run.place / name)
+    before = Artifact(place, schema=artifact.schema, key=artifact.key, name=name)
     earlier = before if artifact.finished() is None and before.commits() else artifact
     source_scores = _source_scores(job, plan)
     for number, block in enumerate(plan.blocks):

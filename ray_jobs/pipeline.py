@@ -1,4 +1,9 @@
-"""Every stage in order: from a corpus to a trained, evaluated, servable embedder."""
+"""Every stage in order: from a corpus to a trained, evaluated, servable embedder.
+
+One driver for all of them: a stage's actors end with the stage, and no stage leaves a placement
+group behind (an engine on several GPUs keeps them inside one node and one actor), so between two
+stages the cluster holds nothing and can shrink.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +23,14 @@ from ray_jobs import (
     rewrite,
     train,
 )
-from ray_jobs.job import Job, main, perform
+from ray_jobs.job import Job, explained, parser_of, perform, session
+from reasonembed.config import load
 from reasonembed.errors import ConfigError
+from reasonembed.planner.show import planned_and_actual
 from reasonembed.report import write_report
-from reasonembed.run import Run
+from reasonembed.run import Run, statuses_from
 
-_RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
+RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "corpus": corpus.run,
     "filter": filter.run,
     "plan": plan.run,
@@ -38,6 +45,7 @@ _RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "export": export.run,
     "evaluate": evaluate.run,
 }
+"""What runs each stage."""
 
 
 def selected(run: Run, first: str | None, last: str | None) -> tuple[str, ...]:
@@ -61,15 +69,25 @@ def run_stages(job: Job, stages: tuple[str, ...]) -> None:
     """Runs stages, says what each gave, and writes the report after the last."""
     for number, stage in enumerate(stages, start=1):
         job.reporter.say(f"[{number}/{len(stages)}] {stage}")
-        perform(job, stage, _RUNNERS[stage])
+        perform(job, stage, RUNNERS[stage])
+    for line in planned_and_actual(job.run):
+        job.reporter.say(line)
     file = write_report(job.run)
     job.reporter.say(f"Report: {file}")
 
 
-def run(job: Job) -> None:
-    """All stages."""
-    run_stages(job, job.run.stages)
+def main() -> None:
+    """Runs the job from the command line: as a stage's, and `--from STAGE`, `--to STAGE`."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="first stage")
+    parser.add_argument("--to", dest="last", metavar="STAGE", help="last stage")
+    arguments = parser.parse_args()
+    with explained():
+        config = load(arguments.config, overrides=arguments.set)
+        stages = selected(Run(config), arguments.first, arguments.last)
+        with session(config, retry=statuses_from(arguments.retry), stages=stages) as job:
+            run_stages(job, stages)
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main()

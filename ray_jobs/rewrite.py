@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.job import Job, main
@@ -33,9 +34,10 @@ def run(job: Job) -> dict[str, int]:
     limit = job.run.config.generate.max_query_similarity
     planned, _ = usable_queries(queries, max_similarity=limit)
     if (bound := job.run.config.mine.max_source_rank) is not None:
-        mined = job.run.artifact("candidates").read(columns=["query_id", "source_rank"])
-        kept = keeping_to_source(mined, max_source_rank=bound).column("query_id")
-        planned = planned.filter(pc.field("query_id").isin(kept.combine_chunks()))
+        mined = job.run.artifact("candidates").rows(columns=["query_id", "source_rank"])
+        kept = [keeping_to_source(some, max_source_rank=bound)["query_id"] for some in mined]
+        known = pa.chunked_array([one for ids in kept for one in ids.chunks], pa.string())
+        planned = planned.filter(pc.is_in(planned["query_id"], known))
     make = WithEngine(
         config.llm, runtime.engine, runtime.cache_dir, _Make(config, job.run.config.task_table)
     )

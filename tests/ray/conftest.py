@@ -1,7 +1,9 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.ray.head import Head, started
 from tests.ray.processes import reasonembed
 from tests.ray.tiny_run import write_config
 
@@ -14,6 +16,13 @@ def tiny(tmp_path_factory):
     done = reasonembed("run", str(config))
     assert done.returncode == 0, done.stdout + done.stderr + _log(folder)
     return folder, config, done.stdout
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    """A head node with a dashboard, for jobs."""
+    with started() as node:
+        yield node
 
 
 def _log(folder: Path) -> str:

@@ -32,10 +32,12 @@ def start_reasonembed(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     return start(sys.executable, "-m", "reasonembed.cli", *arguments, **options)
 
 
-def reasonembed(*arguments: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
+def reasonembed(
+    *arguments: str, timeout_s: float = 280, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs the command line to its end."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with start_reasonembed(*arguments, **pipes) as process:
+    with start_reasonembed(*arguments, variables=variables, **pipes) as process:
         try:
             out, err = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:

@@ -14,11 +14,11 @@ from typing import Any
 
 import ray
 from ray_jobs.train import in_worker, trainer
-from reasonembed.artifacts import append_json_line
 from reasonembed.config import TrainConfig, TrainRuntime
 from reasonembed.redapter.loop import train
 from reasonembed.redapter.stepping import Report
 from reasonembed.redapter.trackers import Trackers
+from reasonembed.storage import append_json_line
 from tests.embedder.tiny import encoder_config
 from tests.redapter.samples import samples
 

@@ -1,6 +1,7 @@
 """A whole run in seconds: a made-up corpus, a scripted LLM, a random checkpoint of kilobytes."""
 
 import json
+import sys
 from pathlib import Path
 
 import yaml
@@ -78,3 +79,7 @@ def write_config(folder: Path, *, delay_s: float = 0.0, **runtime: object) -> Pa
 
 def _jsonl(file: Path, rows: list[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    write_config(Path(sys.argv[1]).resolve())
