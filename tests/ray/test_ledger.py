@@ -168,6 +168,7 @@ class _Refused:
         raise QualityError("no such model")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_what_a_stage_refuses_is_said_and_many_parts_are_merged(tmp_path, cluster):
     pool = PoolConfig(batch_rows=1, num_cpus=0.5)
