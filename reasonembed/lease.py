@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,9 @@ class Claim:
         (stage, shard), (other_stage, other_shard) = self.part.split(), other.part.split()
         (index, of), (other_index, other_of) = shard.split("/"), other_shard.split("/")
         return stage == other_stage and (of != other_of or index == other_index)
+
+
+_FIELDS = {field.name for field in fields(Claim)}
 
 
 @dataclass(frozen=True)
@@ -230,10 +233,12 @@ def claims(run: Place) -> list[Seen]:
     """
     found = []
     for info in (run / FOLDER).files():
-        with suppress(ValueError, TypeError):  # of another version of this software
+        with suppress(ValueError, TypeError):  # no claim
             raw = (run / FOLDER / info.base_name).read()
             if raw is not None:  # let go of since it was listed
-                found.append(Seen(Claim(**json.loads(raw)), info.mtime_ns or 0))
+                # Another version of this software may say more, and holds the run all the same.
+                told = {key: value for key, value in json.loads(raw).items() if key in _FIELDS}
+                found.append(Seen(Claim(**told), info.mtime_ns or 0))
     return found
 
 

@@ -351,12 +351,11 @@ class TestLease:
         """What the main thread gets is an interrupt; what a person reads is why."""
 
         def lose():
-            time.sleep(0.3)
-            for one in claims(stored):
-                late = one.claim.__class__(**{**vars(one.claim), "id": "z", "taken_ns": 2**62})
-                lease = Lease(stored)
-                lease._claim = late
-                lease._write()
+            while not (found := claims(stored)):
+                time.sleep(0.1)
+            lease, own = Lease(stored), found[0].claim
+            lease._claim = own.__class__(**{**vars(own), "id": "z", "taken_ns": 2**62})
+            lease._write()
 
         thread = threading.Thread(target=lose)
         with (
@@ -364,7 +363,7 @@ class TestLease:
             held(stored, renew_s=0.1),
         ):
             thread.start()
-            for _ in range(100):
+            for _ in range(300):
                 time.sleep(0.1)
         thread.join()
         assert explain(found.value)[1] == 75
@@ -380,6 +379,13 @@ class TestLease:
         monkeypatch.setattr(lease, "_write", fail)
         assert lost.wait(5) and "could not be renewed" in lease.lost
         lease.release()
+
+    def test_a_claim_of_a_later_version_counts(self, stored):
+        with held(stored):
+            [own] = claims(stored)
+            more = vars(own.claim) | {"id": "later", "said_besides": 1}
+            (stored / FOLDER / "later.json").write(json.dumps(more).encode())
+            assert {one.claim.id for one in claims(stored)} == {own.claim.id, "later"}
 
     def test_on_a_disk_the_kernel_holds_it(self, tmp_path):
         place = Place(tmp_path / "run")
