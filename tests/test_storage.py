@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import pickle
 import subprocess
