@@ -42,6 +42,7 @@ HELD_OUT: dict[str, dict[str, object]] = {
         "generate.max_document_words": 180,
         "annotate.max_document_words": 140,
         "mine.encoder.max_document_tokens": 192,
+        "train.batch_queries": 16,
     },
     "other batches and training": {
         "runtime.generate.batch_rows": 7,
