@@ -19,7 +19,8 @@ from reasonembed import __version__, evaluate_cli, index_cli, keys_cli
 from reasonembed.artifacts import COMPACTED
 from reasonembed.config import load
 from reasonembed.errors import ConfigError, explain, is_expected
-from reasonembed.lease import held, moment
+from reasonembed.lease import held
+from reasonembed.logs import moment
 from reasonembed.run import Run, statuses_from
 
 app = typer.Typer(
@@ -254,7 +255,7 @@ def status(run_dir: RunDir) -> None:
         table.add_row(one.stage, one.state, rows, f"{one.failed:,}" if one.failed else "", took)
     _out.print(table)
     if found.driver is not None:
-        since = moment(found.driver.claim.taken_ns)
+        since = moment(found.driver.claim.taken_ns / 1e9)
         _out.print(f"Driven by {found.driver.claim} since {since}", markup=False)
     if found.progress is not None:
         _out.print(f"Last progress: {found.progress}", markup=False)

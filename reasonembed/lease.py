@@ -14,6 +14,7 @@ import _thread
 import json
 import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -21,12 +22,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from reasonembed.artifacts import locked, locked_part
 from reasonembed.errors import EXIT_RESUME, Interrupted, StorageError
+from reasonembed.logs import moment
 from reasonembed.storage import Place
 
 FOLDER = "_driver"
@@ -217,7 +218,7 @@ class Lease:
 
     def _refusal(self, other: Seen, now_ns: int) -> str:
         age_s = max(0.0, (now_ns - other.renewed_ns) / 1e9)
-        since = f" since {moment(other.claim.taken_ns)}" if other.claim.is_held else ""
+        since = f" since {moment(other.claim.taken_ns / 1e9)}" if other.claim.is_held else ""
         return (
             f"{self._run} is in use by another driver: {other.claim}{since}, last sign of it "
             f"{age_s:.0f} s ago; wait or stop it. If it was killed, start again in "
@@ -253,11 +254,6 @@ def driver_of(run: Place) -> Seen | None:
     return None
 
 
-def moment(time_ns: int) -> str:
-    """A store's time for a person, UTC."""
-    return datetime.fromtimestamp(time_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
 @contextmanager
 def held(run: Place, *, part: str = "", **options: Any) -> Iterator[None]:
     """Holds a run for one driver, or a stage's shard for one, wherever it lies.
@@ -279,7 +275,8 @@ def held(run: Place, *, part: str = "", **options: Any) -> Iterator[None]:
     lease = Lease(run, part=part, **options)
     lease.take()
     try:
-        yield
+        with _interruptible():
+            yield
     except BaseException as error:
         if lease.lost:
             raise Interrupted(
@@ -289,6 +286,21 @@ def held(run: Place, *, part: str = "", **options: Any) -> Iterator[None]:
         raise
     finally:
         lease.release()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interrupt is heard in the body, also where a shell had a background job ignore it."""
+    before = signal.getsignal(signal.SIGINT)
+    is_deaf = before in (signal.SIG_IGN, signal.SIG_DFL)
+    if not is_deaf or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def let_go(run: Place) -> None:

@@ -34,6 +34,11 @@ def timestamp(seconds: float) -> str:
     return when.replace("+00:00", "Z")
 
 
+def moment(seconds: float) -> str:
+    """`2026-01-31 12:00:00 UTC` from seconds since 1970, for people."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
 class JsonLine(logging.Formatter):
     """A record as one line.
 

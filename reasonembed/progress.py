@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from rich.console import Console
 
 from reasonembed.errors import ReasonEmbedError
-from reasonembed.logs import timestamp
+from reasonembed.logs import moment, timestamp
 
 _LOG = logging.getLogger(__name__)
 _LIVE_S = 1.0  # between two looks of a person at a terminal
@@ -112,8 +112,7 @@ class Progress(Counted):
         if "spent" in self.cost:
             planned = f" of {self.cost['planned']:.2f}" if "planned" in self.cost else ""
             parts.append(f"{self.cost['spent']:.2f}{planned} dollars")
-        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.time))
-        return f"{'; '.join(parts)} at {when}"
+        return f"{'; '.join(parts)} at {moment(self.time)}"
 
     @property
     def line(self) -> str:

@@ -431,7 +431,7 @@ class Run:
         except (ConfigError, DriftError):
             note["outcome"] = "refused"
             raise
-        except Exception as error:
+        except Exception as error:  # looked at, and raised again
             if isinstance(cause := cause_of(error), Interrupted):
                 note |= {"outcome": "interrupted", "detail": str(cause)}
             raise

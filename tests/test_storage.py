@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -348,8 +349,20 @@ class TestLease:
         for lease in (second, third, first):
             lease.release()
 
-    def test_a_lost_lease_ends_the_body(self, stored):
-        """What the main thread gets is an interrupt; what a person reads is why."""
+    @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+    def test_a_lost_lease_ends_the_body(self, stored, handler):
+        """What the main thread gets is an interrupt; what a person reads is why.
+
+        A shell that puts a job into the background has it ignore interrupts.
+        """
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            self._lose_in_body(stored)
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _lose_in_body(self, stored):
 
         def lose():
             while not (found := claims(stored)):

@@ -23,6 +23,7 @@ from reasonembed.serving.server import (
     say_hints,
     settings_of,
 )
+from tests.ray.processes import free_ports
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,8 +36,8 @@ def taken():
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    [port] = free_ports(1)
+    return port
 
 
 def test_a_model_alone_has_defaults():
