@@ -15,7 +15,14 @@ import ray.train
 
 from ray_jobs.job import Job, main
 from ray_jobs.ledger import run_planned
-from ray_jobs.train import in_worker, trainer, watched_log, working_folder
+from ray_jobs.train import (
+    check_finished,
+    in_worker,
+    trainer,
+    until,
+    watched_log,
+    working_folder,
+)
 from reasonembed.artifacts import Artifact, Mapper, check_share
 from reasonembed.config import DistillConfig, LLMConfig, TrainRuntime, flatten
 from reasonembed.errors import ConfigError
@@ -70,6 +77,7 @@ class _Payload:
     config: DistillConfig
     runtime: TrainRuntime
     run: Run
+    until: float
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -189,6 +197,7 @@ def _worker(payload: dict[str, _Payload]) -> None:
             directory=folder,
             settings=flatten(work.config, prefix="distill"),
         ),
+        until=work.until,
     )
 
 
@@ -196,11 +205,12 @@ def _train(job: Job, config: DistillConfig, *, steps: int) -> None:
     runtime, place = job.run.config.runtime.train, job.run.annotator_place.parent
     require(runtime.trackers)
     log = watched_log(job.run, _FOLDER)
-    payload = _Payload(config, runtime, job.run)
+    payload = _Payload(config, runtime, job.run, until=until(job))
     with job.reporter.watching(
         "student", total=steps, done=lambda: len(log.steps()), unit="steps", note=log.summary
     ):
         result = trainer(_worker, payload, runtime=runtime, storage=place).fit()
+    check_finished(job, result, steps=steps)
     assert result.checkpoint is not None, "training ended without a checkpoint"
     ray.get(_save.remote(config, result.checkpoint, run=job.run))
 

@@ -108,6 +108,9 @@ class Worker:
         if (before := self._artifact.committed(part)) is not None:
             return rows, Tally.of_commit(before)
         table = self._map(block)
+        # Nor does one that was taken for lost, and ends late, replace what others may have used.
+        if (before := self._artifact.committed(part)) is not None:
+            return rows, Tally.of_commit(before)
         if table.num_rows:
             self._artifact.commit(part, table)
         seconds, tally = time.monotonic() - started, Tally.of(table)

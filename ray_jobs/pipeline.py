@@ -24,7 +24,7 @@ from ray_jobs import (
     train,
 )
 from ray_jobs.job import Job, explained, parser_of, perform, session
-from reasonembed.config import load
+from reasonembed.config import RunConfig, load
 from reasonembed.errors import ConfigError
 from reasonembed.planner.show import planned_and_actual
 from reasonembed.report import write_report
@@ -76,17 +76,62 @@ def run_stages(job: Job, stages: tuple[str, ...]) -> None:
     job.reporter.say(f"Report: {file}")
 
 
+def run_pipeline(
+    config: RunConfig,
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    retry: str = "",
+    is_fresh: bool = False,
+    is_growing: bool = False,
+    mine_with: str | None = None,
+) -> None:
+    """Runs a configuration's stages in a session of their own.
+
+    Args:
+        config: Of the run.
+        first: See `selected`.
+        last: See `selected`.
+        retry: Statuses of rows that are computed again, with commas between.
+        is_fresh: Whether what the first stage and those after it have made is discarded.
+        is_growing: See `Run`.
+        mine_with: Another run, whose rows are taken over and whose model is the miner.
+    """
+    first_round = Run.existing(mine_with) if mine_with else None
+    if first_round:
+        config = first_round.next_round(config)
+    stages = selected(Run(config), first, last)
+    again = statuses_from(retry)
+
+    def prepare(target: Run) -> None:
+        if is_fresh:
+            target.discard_from(stages[0])
+        if first_round:
+            target.adopt(first_round)
+
+    with session(config, retry=again, prepare=prepare, is_growing=is_growing, stages=stages) as job:
+        run_stages(job, stages)
+
+
 def main() -> None:
-    """Runs the job from the command line: as a stage's, and `--from STAGE`, `--to STAGE`."""
+    """Runs the job from the command line: as a stage's, and with the options of `run`."""
     parser = parser_of(__doc__)
     parser.add_argument("--from", dest="first", metavar="STAGE", help="first stage")
     parser.add_argument("--to", dest="last", metavar="STAGE", help="last stage")
+    parser.add_argument("--fresh", action="store_true", help="discard what there is from there on")
+    parser.add_argument("--grow", action="store_true", help="documents were added: keep all rows")
+    parser.add_argument("--mine-with", metavar="RUN", help="a second round, after this run")
     arguments = parser.parse_args()
     with explained():
-        config = load(arguments.config, overrides=arguments.set)
-        stages = selected(Run(config), arguments.first, arguments.last)
-        with session(config, retry=statuses_from(arguments.retry), stages=stages) as job:
-            run_stages(job, stages)
+        run_pipeline(
+            load(arguments.config, overrides=arguments.set),
+            first=arguments.first,
+            last=arguments.last,
+            retry=arguments.retry,
+            is_fresh=arguments.fresh,
+            is_growing=arguments.grow,
+            mine_with=arguments.mine_with,
+        )
 
 
 if __name__ == "__main__":

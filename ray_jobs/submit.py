@@ -38,7 +38,7 @@ from reasonembed.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_RESUME, ClusterErr
 from reasonembed.leaks import check_no_secrets
 from reasonembed.schemas import stable_hash
 from reasonembed.shards import Shard
-from reasonembed.storage import Place
+from reasonembed.storage import Place, is_uri
 
 DEFAULT_ENVIRONMENT: dict[str, Any] = {
     "working_dir": ".",
@@ -64,6 +64,9 @@ class Order:
         last: Last stage of the pipeline; None for the last that there is.
         shard: Of `stage`.
         retry: Statuses of rows that are computed again, with commas between.
+        is_fresh: Of the pipeline; see `run_pipeline`.
+        is_growing: Of the pipeline.
+        mine_with: Of the pipeline.
     """
 
     config: RunConfig
@@ -72,14 +75,19 @@ class Order:
     last: str | None = None
     shard: Shard | None = None
     retry: str = ""
+    is_fresh: bool = False
+    is_growing: bool = False
+    mine_with: str | None = None
 
     @property
     def entrypoint(self) -> str:
         """The command of the driver, in the folder that travels."""
         words = ["python", "-m", f"ray_jobs.{self.stage or 'pipeline'}", "--config", _CONFIG_FILE]
         given = {"--from": self.first, "--to": self.last, "--retry": self.retry}
-        given["--shard"] = str(self.shard) if self.shard else ""
+        given |= {"--shard": str(self.shard or ""), "--mine-with": self.mine_with}
         words += [word for name, value in given.items() if value for word in (name, value)]
+        flags = {"--fresh": self.is_fresh, "--grow": self.is_growing}
+        words += [name for name, is_given in flags.items() if is_given]
         return shlex.join(words)
 
     @property
@@ -108,25 +116,48 @@ def check_order(order: Order) -> None:
     Raises:
         ConfigError: A path of this machine alone, a secret, or a shard of several stages.
     """
-    run_dir = order.config.run_dir
-    if "://" not in run_dir and not Path(run_dir).is_absolute():
+    config = order.config
+    for name, path in {"run_dir": config.run_dir, "--mine-with": order.mine_with or "/"}.items():
+        if not is_uri(path) and not Path(path).is_absolute():
+            raise ConfigError(
+                f"{name} {path!r} is relative, and would lie in a folder that is deleted with the "
+                "job: give an address such as s3://bucket/runs/one, or an absolute path that all "
+                f"nodes see ({'--set run_dir=…' if name == 'run_dir' else '--mine-with …'})"
+            )
+    sources = {
+        f"assemble.sources[{i}].path": one.path for i, one in enumerate(config.assemble.sources)
+    }
+    read = {
+        "corpus.source": config.corpus.source,
+        "evaluate.collection": config.evaluate.collection,
+    }
+    for name, path in (read | sources).items():
+        if _is_of_here(path):
+            raise ConfigError(
+                f"{name} {path!r} is relative, and does not travel with the job: give an address "
+                "such as s3://bucket/corpus, files on the hub, or an absolute path that all nodes "
+                f"see (--set {name}=…)"
+            )
+    if order.stage and (order.first or order.last or order.is_fresh or order.is_growing):
         raise ConfigError(
-            f"run_dir {run_dir!r} is relative, and would lie in a folder that is deleted with the "
-            "job: give an address such as s3://bucket/runs/one, or an absolute path that all "
-            "nodes see (--set run_dir=…)"
+            "--stage runs one stage alone; --from, --to, --fresh and --grow are for the pipeline"
         )
-    if order.stage and (order.first or order.last):
-        raise ConfigError("--stage runs one stage alone; --from and --to are for the pipeline")
     if order.shard and not order.stage:
         raise ConfigError(f"--shard {order.shard} is of one stage; name it with --stage")
     check_no_secrets(order.config.model_dump(mode="json"), where="the configuration")
+
+
+def _is_of_here(path: str) -> bool:
+    """Whether it names files by where a command was typed; names of collections name none."""
+    is_relative = not is_uri(path) and not Path(path).is_absolute()
+    return is_relative and ("/" in path or Path(path).exists())
 
 
 def read_environment(file: Path | None) -> dict[str, Any]:
     """A runtime environment from a YAML file.
 
     Raises:
-        ConfigError: There is none, Ray does not take it, or it holds a secret.
+        ConfigError: There is none, Ray does not take it, it holds a secret, or names other code.
     """
     if file is None:
         return DEFAULT_ENVIRONMENT
@@ -138,6 +169,12 @@ def read_environment(file: Path | None) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file} is no runtime environment that Ray takes: {error}") from error
     check_no_secrets(found, where=str(file), by_name=True)
+    if found.get("working_dir") not in (None, DEFAULT_ENVIRONMENT["working_dir"]):
+        raise ConfigError(
+            f"{file}: working_dir {found['working_dir']!r} would not be used, for the code that "
+            "this command runs is sent; write . there, leave it out where the image has the code, "
+            "or send other code by `ray job submit`"
+        )
     return dict(found)
 
 

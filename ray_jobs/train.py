@@ -1,11 +1,13 @@
 """Fine-tunes the backbone with Ray Train; a new driver goes on from the last checkpoint."""
 
+import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
 )
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_jobs.job import Job, main
@@ -57,6 +60,7 @@ class _Payload:
     config: TrainConfig
     runtime: TrainRuntime
     run: Run
+    until: float
 
 
 def _worker(payload: dict[str, _Payload]) -> None:
@@ -83,6 +87,7 @@ def _worker(payload: dict[str, _Payload]) -> None:
             directory=folder,
             settings=flatten(work.config, prefix="train"),
         ),
+        until=work.until,
     )
 
 
@@ -106,7 +111,12 @@ def working_folder(run: Run, name: str) -> Path:
 
 
 def in_worker(
-    loop: Callable[..., object], *, storage: Place, folder: Path, trackers: Trackers
+    loop: Callable[..., object],
+    *,
+    storage: Place,
+    folder: Path,
+    trackers: Trackers,
+    until: float = math.inf,
 ) -> None:
     """Runs a training loop in a worker of Ray Train: its log, its checkpoints, where it goes on.
 
@@ -116,11 +126,14 @@ def in_worker(
         storage: The stage's directory, as given to `trainer`.
         folder: Of `working_folder`; receives `log.jsonl`.
         trackers: Get each step as the log does.
+        until: Seconds since 1970 after which the loop ends by a checkpoint; the driver finds fewer
+            steps in the log than were planned.
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
     lines = TrainLog(folder / "log.jsonl") if rank == 0 else None
     kept = None if storage.is_local else _Kept(folder, storage, is_first=rank == 0)
+    announcements = Announcements(until)
 
     def report(metrics: Metrics, saved: Saved | None) -> None:
         if lines:
@@ -132,29 +145,37 @@ def in_worker(
         # Last, for a tracker may wait for its server, and a machine that leaves does not.
         if lines:
             trackers.write(metrics)
+        if announcements.is_over:
+            raise _Over
 
     def start(resume_from: Path | None) -> None:
         loop(
             output_dir=folder / _CHECKPOINTS,
             report=report,
             resume_from=resume_from,
-            is_leaving=Announcements(),
+            is_leaving=announcements,
             rank=rank,
             world_size=context.get_world_size(),
             is_shared=kept is None,
         )
 
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        start(None)
-    else:
-        with checkpoint.as_directory() as found:
-            if kept is not None and Path(found, _BEST).is_dir():
-                shutil.copytree(Path(found, _BEST), folder / _CHECKPOINTS, dirs_exist_ok=True)
-            start(Path(found))
+    with suppress(_Over), _last_checkpoint() as found:
+        if found is not None and kept is not None and (found / _BEST).is_dir():
+            shutil.copytree(found / _BEST, folder / _CHECKPOINTS, dirs_exist_ok=True)
+        start(found)
     trackers.close()
     if kept is not None:
         kept.result()
+
+
+@contextmanager
+def _last_checkpoint() -> Iterator[Path | None]:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+    else:
+        with checkpoint.as_directory() as found:
+            yield Path(found)
 
 
 class _Kept:
@@ -246,18 +267,30 @@ def _register(metrics: Metrics, saved: Saved, kept: _Kept | None) -> None:
     )
 
 
-class Announcements:
-    """Says of each announcement once that machines are about to go; the same on all workers."""
+class _Over(Exception):
+    """The time is over, and the checkpoint is there; Ray must not take it for a failure."""
 
-    def __init__(self) -> None:
+
+class Announcements:
+    """Says of each announcement once that machines are about to go; the same on all workers.
+
+    Args:
+        until: Seconds since 1970 after which they are to go, whatever the cloud says.
+    """
+
+    def __init__(self, until: float = math.inf) -> None:
+        self._until = until
         self._heard: PreemptionInfo | None = None
+        self.is_over = False
 
     def __call__(self) -> bool:
         """To be asked equally often by all workers; they wait for each other in it."""
         announced = ray.train.get_preemption_info()
         is_new = announced is not None and announced != self._heard
         self._heard = announced
-        return is_new
+        if not math.isinf(self._until):  # one clock for all, or some would go on alone
+            self.is_over = broadcast_from_rank_zero(time.time() >= self._until)
+        return is_new or self.is_over
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -270,11 +303,12 @@ def run(job: Job) -> dict[str, Any]:
     num_samples, steps = _planned(job, samples)
     job.run.begin("train", directory)  # not before: what is refused discards nothing
     storage, log = job.run.place / "train", watched_log(job.run, "train")
-    payload = _Payload(config, runtime, job.run)
+    payload = _Payload(config, runtime, job.run, until=until(job))
     with job.reporter.watching(
         "train", total=steps, done=lambda: len(log.steps()), unit="steps", note=log.summary
     ):
-        trainer(_worker, payload, runtime=runtime, storage=storage).fit()
+        result = trainer(_worker, payload, runtime=runtime, storage=storage).fit()
+    check_finished(job, result, steps=steps)
     weights = storage / _WEIGHTS
     if storage.is_local:  # else the first worker has put them there
         shutil.rmtree(weights.local, ignore_errors=True)
@@ -291,6 +325,23 @@ def run(job: Job) -> dict[str, Any]:
     }
     directory.finish(summary)
     return summary
+
+
+def until(job: Job) -> float:
+    """When the money of a job is spent, in seconds since 1970."""
+    return math.inf if job.budget is None else job.budget.lasts_until()
+
+
+def check_finished(job: Job, result: ray.train.Result, *, steps: int) -> None:
+    """Ends a stage whose training had to end before its last step.
+
+    Raises:
+        BudgetError: It had.
+    """
+    # The last checkpoint's, for an earlier attempt may have logged more steps than it has saved.
+    last = (result.metrics or {}).get("step", steps)
+    if job.budget is not None and last + 1 < steps:
+        raise job.budget.reached()
 
 
 def watched_log(run: Run, name: str) -> TrainLog:

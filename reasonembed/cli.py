@@ -32,7 +32,7 @@ app = typer.Typer(
 app.add_typer(evaluate_cli.app, name="evaluate")
 app.add_typer(index_cli.app, name="index")
 app.add_typer(keys_cli.app, name="keys")
-_out = Console(highlight=False)
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # pipes, CI
 
 RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its URI.")]
 Overrides = Annotated[
@@ -68,26 +68,23 @@ def run(
     ] = None,
 ) -> None:
     """Runs the pipeline here, or on the cluster that RAY_ADDRESS names; goes on where it was."""
-    if max_cost is not None:
-        overrides = [*(overrides or []), f"runtime.cost.max_cost={max_cost}"]
-    settings = load(config, overrides=overrides)  # before Ray is imported: mistakes show at once
-    first_round = Run.existing(mine_with) if mine_with else None
-    if first_round:
-        settings = first_round.next_round(settings)
-    from ray_jobs.job import session
-    from ray_jobs.pipeline import run_stages, selected
+    settings = load(config, overrides=_with_limit(overrides, max_cost))  # before Ray is imported
+    from ray_jobs.pipeline import run_pipeline
 
-    stages = selected(Run(settings), first, last)
-    again = statuses_from(retry)
+    run_pipeline(
+        settings,
+        first=first,
+        last=last,
+        retry=retry,
+        is_fresh=fresh,
+        is_growing=grow,
+        mine_with=mine_with,
+    )
 
-    def prepare(target: Run) -> None:
-        if fresh:
-            target.discard_from(stages[0])
-        if first_round:
-            target.adopt(first_round)
 
-    with session(settings, retry=again, prepare=prepare, is_growing=grow, stages=stages) as job:
-        run_stages(job, stages)
+def _with_limit(overrides: list[str] | None, max_cost: float | None) -> list[str]:
+    limit = [] if max_cost is None else [f"runtime.cost.max_cost={max_cost}"]
+    return [*(overrides or []), *limit]
 
 
 @app.command()
@@ -107,6 +104,23 @@ def submit(
     retry: Annotated[
         str, typer.Option(help="Compute failed rows again: error,truncated,invalid")
     ] = "",
+    fresh: Annotated[
+        bool, typer.Option(help="Discard what the first stage and those after it have made.")
+    ] = False,
+    grow: Annotated[
+        bool,
+        typer.Option(help="Documents were added: keep all rows, compute what is missing, train."),
+    ] = False,
+    mine_with: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="A second round: take over this run's rows and mine with its trained model.",
+        ),
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="Stop at a commit when so much money is spent.")
+    ] = None,
     runtime_env: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Of cluster/runtime-env/; default image.")
     ] = None,
@@ -120,9 +134,10 @@ def submit(
 ) -> None:
     """Runs the pipeline, or one stage, as a job of a Ray cluster; ends with the job's exit code.
 
-    The same command again goes on where the run was, after a stop, a failure, or a lost machine.
+    The same command again goes on where the run was, after a stop, a failure, or a lost machine;
+    with --fresh it begins anew.
     """
-    settings = load(config, overrides=overrides)
+    settings = load(config, overrides=_with_limit(overrides, max_cost))
     statuses_from(retry)
     stages = (*Run(settings).stages, "distill")
     if unknown := [name for name in (stage, first, last) if name and name not in stages]:
@@ -133,7 +148,17 @@ def submit(
     from reasonembed.shards import Shard
 
     part = Shard.parse(shard) if shard else None
-    order = Order(settings, stage=stage, first=first, last=last, shard=part, retry=retry)
+    order = Order(
+        settings,
+        stage=stage,
+        first=first,
+        last=last,
+        shard=part,
+        retry=retry,
+        is_fresh=fresh,
+        is_growing=grow,
+        mine_with=mine_with,
+    )
     if stop:
         stop_jobs(order, address=address, say=_say)
         return
@@ -254,11 +279,11 @@ def status(run_dir: RunDir) -> None:
             rows += f" of {one.planned:,}"
         table.add_row(one.stage, one.state, rows, f"{one.failed:,}" if one.failed else "", took)
     _out.print(table)
-    if found.driver is not None:
-        since = moment(found.driver.claim.taken_ns / 1e9)
-        _out.print(f"Driven by {found.driver.claim} since {since}", markup=False)
-    if found.progress is not None:
-        _out.print(f"Last progress: {found.progress}", markup=False)
+    for driver in found.drivers:
+        since = moment(driver.claim.taken_ns / 1e9)
+        _out.print(f"Driven by {driver.claim} since {since}", markup=False)
+    for said in found.progress:
+        _out.print(f"Last progress: {said}", markup=False)
 
 
 @app.command()

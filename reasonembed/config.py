@@ -103,7 +103,10 @@ class TaskConfig(Strict):
 class CorpusConfig(Strict):
     """What is read, and as which retrieval task."""
 
-    source: str = Field(description="`python-stdlib`, a Parquet or JSONL file, or a BEIR folder")
+    source: str = Field(
+        description="`python-stdlib`, a Parquet or JSONL file or a BEIR folder (here, or in an "
+        "object store), or files on the hub"
+    )
     task: str = Field("generic", description="of the built-in table, or one of `tasks:`")
     limit: Positive | None = None
 
@@ -529,7 +532,8 @@ class EvaluateConfig(Strict):
 
     collection: str = Field(
         "python-stdlib",
-        description="`python-stdlib` or a folder in BEIR form; searched corpus: ours",
+        description="`python-stdlib` or a folder in BEIR form, here or in an object store; "
+        "searched corpus: ours",
     )
     top_k: Positive = 1_000
     bm25: bool = True

@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from reasonembed import hub
 from reasonembed.errors import CorpusError
+from reasonembed.fetched import fetched
 from reasonembed.records import (
     Record,
     check_shards,
@@ -39,6 +40,7 @@ from reasonembed.records import (
     table_files,
 )
 from reasonembed.schemas import CORPUS
+from reasonembed.storage import is_uri
 
 log = logging.getLogger(__name__)
 
@@ -123,15 +125,16 @@ def read_corpus(source: str, *, task: str = "generic", limit: int | None = None)
         source: ``"python-stdlib"``; a ``.parquet``, ``.jsonl`` or ``.jsonl.gz`` file; a file name
             with ``*``, for several (``documents/biology-*.parquet``); a folder that holds
             ``corpus`` with one of these endings (BEIR's form) or in shards, or whose only content
-            of the kind are ``.parquet`` files; or an address of `reasonembed.hub`. The id is taken
-            from the first column there is of `ID_COLUMNS`, the text from `TEXT_COLUMNS`; ``title``
-            and ``parent_id`` are optional.
+            of the kind are ``.parquet`` files; an address in an object store of any of these; or
+            one of `reasonembed.hub`. The id is taken from the first column there is of
+            `ID_COLUMNS`, the text from `TEXT_COLUMNS`; ``title`` and ``parent_id`` are optional.
         task: Name of the retrieval task, the same for every document.
         limit: Read the first so many documents only; later rows are not looked at.
 
     Raises:
         CorpusError: The source cannot be read as a corpus; the message names the file and the line
             (JSONL, from 1) or row (Parquet, from 0) and what to change.
+        StorageError: It lies in a store that cannot be read.
     """
     if limit is not None and limit < 1:
         raise CorpusError(f"limit is {limit}; it must be at least 1, or left out to read all")
@@ -271,10 +274,12 @@ def corpus_files(source: str) -> list[Path]:
 
     Raises:
         CorpusError: There are none.
+        StorageError: They lie in a store that cannot be read.
     """
+    path = fetched(source) if is_uri(source) and not source.startswith(hub.SCHEME) else Path(source)
     if source.startswith(hub.SCHEME):
         files = hub.fetch_address(source, error=CorpusError)
-    elif "*" in (path := Path(source)).name:
+    elif "*" in path.name:
         files = sorted(path.parent.glob(path.name))
     elif path.is_dir():
         files = _named_corpus(path) or sorted(path.glob("*.parquet"))
@@ -283,7 +288,7 @@ def corpus_files(source: str) -> list[Path]:
     if not files:
         what = "the folder holds no corpus.jsonl and no .parquet files"
         raise CorpusError(
-            f"{source}: {what if Path(source).is_dir() else 'no such file'}; give a file, a BEIR "
+            f"{source}: {what if path.is_dir() else 'no such file'}; give a file, a BEIR "
             f"folder, a folder of .parquet files or {PYTHON_STDLIB!r}"
         )
     check_shards(files, error=CorpusError)

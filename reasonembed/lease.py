@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import logging
 import os
 import random
 import signal
@@ -29,6 +30,8 @@ from reasonembed.artifacts import locked, locked_part
 from reasonembed.errors import EXIT_RESUME, Interrupted, StorageError
 from reasonembed.logs import moment
 from reasonembed.storage import Place
+
+_LOG = logging.getLogger(__name__)
 
 FOLDER = "_driver"
 _RENEW_S = 20.0
@@ -72,8 +75,11 @@ class Claim:
         """Whether both cannot hold the run at once; shards can that share no row."""
         if not self.part or not other.part:
             return True
-        (stage, shard), (other_stage, other_shard) = self.part.split(), other.part.split()
-        (index, of), (other_index, other_of) = shard.split("/"), other_shard.split("/")
+        try:
+            (stage, shard), (other_stage, other_shard) = self.part.split(), other.part.split()
+            (index, of), (other_index, other_of) = shard.split("/"), other_shard.split("/")
+        except ValueError:  # a part of another version's form
+            return True
         return stage == other_stage and (of != other_of or index == other_index)
 
 
@@ -188,13 +194,20 @@ class Lease:
                 return
             try:
                 self._write()
-                found = claims(self._run)
-            except StorageError:
+                rival = self._rival()
+            except Exception as error:  # of any kind: nobody else sees that it is not renewed
+                _LOG.warning("the lease of %s was not renewed: %r", self._run, error)
                 continue  # the next time, or never
-            for one in found:
-                if one.claim.taken_ns > self._claim.taken_ns and one.claim.excludes(self._claim):
-                    self._lose(f"{one.claim} has taken it over")
-                    return
+            if rival is not None:
+                self._lose(f"{rival} has taken it over")
+                return
+
+    def _rival(self) -> Claim | None:
+        """Who has taken the run since this driver did."""
+        for one in claims(self._run):
+            if one.claim.taken_ns > self._claim.taken_ns and one.claim.excludes(self._claim):
+                return one.claim
+        return None
 
     def _lose(self, why: str) -> None:
         self.lost = why
@@ -229,29 +242,38 @@ class Lease:
 def claims(run: Place) -> list[Seen]:
     """All claims on a run in an object store.
 
+    One that cannot be read is somebody's who asks: some stores show an object before it is filled,
+    also while a driver renews its claim.
+
     Raises:
         StorageError: The store cannot be asked.
     """
     found = []
     for info in (run / FOLDER).files():
-        with suppress(ValueError, TypeError):  # no claim
-            raw = (run / FOLDER / info.base_name).read()
-            if raw is not None:  # let go of since it was listed
-                # Another version of this software may say more, and holds the run all the same.
-                told = {key: value for key, value in json.loads(raw).items() if key in _FIELDS}
-                found.append(Seen(Claim(**told), info.mtime_ns or 0))
+        raw = (run / FOLDER / info.base_name).read()
+        if raw is not None:  # let go of since it was listed
+            found.append(Seen(_claim(raw, info.base_name), info.mtime_ns or 0))
     return found
 
 
-def driver_of(run: Place) -> Seen | None:
-    """Who drives a run in an object store now; None if nobody seems to.
+def _claim(raw: bytes, name: str) -> Claim:
+    with suppress(ValueError, TypeError, AttributeError):
+        # Another version of this software may say more, and holds the run all the same.
+        told = {key: value for key, value in json.loads(raw).items() if key in _FIELDS}
+        return Claim(**told)
+    return Claim(id=name.removesuffix(".json"), owner="somebody", host="?", machine="", pid=0)
+
+
+def drivers_of(run: Place) -> list[Seen]:
+    """Who drives a run in an object store now: nobody, one, or one for each of several shards.
 
     By this machine's clock, for nothing is written to ask for the store's.
     """
-    for one in claims(run):
-        if one.claim.is_held and time.time_ns() - one.renewed_ns < _STALE_S * 1e9:
-            return one
-    return None
+    return [
+        one
+        for one in claims(run)
+        if one.claim.is_held and time.time_ns() - one.renewed_ns < _STALE_S * 1e9
+    ]
 
 
 @contextmanager

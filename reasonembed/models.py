@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from reasonembed.errors import ModelError
+from reasonembed.fetched import cache_root, copied, publish
 from reasonembed.storage import Place, is_uri
 
 
@@ -235,12 +236,6 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
-def cache_root(cache_dir: str | None) -> Path:
-    """This machine's folder for what can be fetched or made again."""
-    chosen = cache_dir or os.environ.get("REASONEMBED_CACHE") or "~/.cache/reasonembed"
-    return Path(chosen).expanduser()
-
-
 _SAYS_NOTHING = ("README.md",)  # of what a model computes; written again with every report
 
 
@@ -250,30 +245,8 @@ def _from_store(uri: str, *, cache: Path) -> Path:
     files = [info for info in place.files() if info.base_name not in _SAYS_NOTHING]
     if not any(info.base_name == "config.json" for info in files):
         raise ModelError(f"{uri!r} is no checkpoint: there is no config.json in that folder")
-    listed = [f"{info.path} {info.size} {info.mtime_ns}" for info in files]
-    digest = hashlib.blake2b("\n".join([uri, *listed]).encode(), digest_size=8).hexdigest()
     # Under its own name: it stands in identities, and is the same wherever the model lies.
-    target = cache / "fetched" / digest / place.name
-    if not (target / "config.json").is_file():
-        target.parent.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix=".") as scratch:
-            made = Path(scratch) / digest
-            place.fetch(made / place.name)
-            _publish(made, target.parent, whole=target / "config.json")
-    return target
-
-
-def _publish(made: Path, target: Path, *, whole: Path) -> None:
-    """Gives a complete folder its name.
-
-    Another process may have been faster: its folder holds the same bytes, so losing that race is
-    success.
-    """
-    try:
-        made.rename(target)
-    except OSError:
-        if not whole.is_file():
-            raise
+    return copied(uri, files, cache=cache, name=place.name, fetch=place.fetch)
 
 
 def _from_hub(name: str) -> Path:
@@ -312,7 +285,7 @@ def _from_package(name: str, *, cache: Path) -> Path:
             _convert_gguf(root / weights.member, made)
         else:
             shutil.copytree(root / weights.member, made)
-        _publish(made, target, whole=target / "config.json")
+        publish(made, target, whole=target / "config.json")
     return target
 
 

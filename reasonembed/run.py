@@ -35,7 +35,8 @@ from reasonembed.corpus import PYTHON_STDLIB, CorpusStore, corpus_files
 from reasonembed.embedder.vectors import Encoder, encoder_identity, vectors_artifact
 from reasonembed.errors import ConfigError, CorpusError, DriftError, Interrupted, cause_of
 from reasonembed.evaluation.datasets import Collection, load_collection
-from reasonembed.models import cache_root, from_root, resolve, weights_fingerprint
+from reasonembed.fetched import cache_root
+from reasonembed.models import from_root, resolve, weights_fingerprint
 from reasonembed.remixer.answers import prompt_fingerprint
 from reasonembed.remixer.assemble import JUDGED_COLUMNS
 from reasonembed.remixer.msmarco import msmarco_files

@@ -6,19 +6,21 @@ on this machine's disk, where a row that was computed again can be told from its
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from reasonembed.artifacts import Artifact
-from reasonembed.lease import Seen, driver_of
+from reasonembed.lease import Seen, drivers_of
 from reasonembed.progress import Progress
 from reasonembed.run import STAGES, Run
 from reasonembed.schemas import Status
 from reasonembed.storage import Place
 
-_PROGRESS = "progress.json"
+_PROGRESS = re.compile(r"progress(-\d+-of-\d+)?\.json")
 _AT_ONCE = 8
 
 
@@ -49,14 +51,14 @@ class RunStatus:
 
     Attributes:
         stages: All, in order.
-        driver: Who drives it now; None if nobody does, or if the run lies on a disk, where a lock
-            tells nothing of its holder.
-        progress: The last that was said; None if nothing ever was.
+        drivers: Who drives it now, several where it is driven in shards; nobody also if the run
+            lies on a disk, where a lock tells nothing of its holder.
+        progress: What each of the drivers of the last stage said last, by shard.
     """
 
     stages: tuple[StageStatus, ...]
-    driver: Seen | None
-    progress: Progress | None
+    drivers: tuple[Seen, ...]
+    progress: tuple[Progress, ...]
 
 
 def look(run: Run) -> RunStatus:
@@ -66,7 +68,7 @@ def look(run: Run) -> RunStatus:
         StorageError: Its storage cannot be read.
     """
     with ThreadPoolExecutor(1 if run.place.is_local else _AT_ONCE) as pool:
-        driver = pool.submit(driver_of, run.place)
+        drivers = pool.submit(drivers_of, run.place)
         progress = pool.submit(last_progress, run.place)
         there = pool.submit(lambda: {child.name for child in run.place.children()})
         attempts: dict[str, list[dict[str, Any]]] = {}
@@ -77,7 +79,7 @@ def look(run: Run) -> RunStatus:
         def one(stage: str) -> StageStatus:
             return _stage(run, stage, attempts.get(stage, []), folders, said)
 
-        return RunStatus(tuple(pool.map(one, STAGES)), driver.result(), said)
+        return RunStatus(tuple(pool.map(one, STAGES)), tuple(drivers.result()), said)
 
 
 def _stage(
@@ -85,7 +87,7 @@ def _stage(
     stage: str,
     attempts: list[dict[str, Any]],
     folders: set[str],
-    said: Progress | None,
+    said: Sequence[Progress],
 ) -> StageStatus:
     outputs = [output for output in run.outputs(stage) if output.place.name in folders]
     if not any(output.stage() for output in outputs):
@@ -102,7 +104,7 @@ def _stage(
         attempts[-1]["outcome"] if attempts else "begun",
         rows,
         failed,
-        said.planned if said and _is_of_whole(said, stage) else None,
+        next((one.planned for one in said if _is_of_whole(one, stage)), None),
         sum(note["seconds"] for note in attempts) if attempts else None,
     )
 
@@ -122,20 +124,37 @@ def _counts(artifact: Artifact) -> Counter[str]:
     return counts
 
 
-def last_progress(run: Place) -> Progress | None:
-    """What was last said of a run; None if nothing ever was.
+def last_progress(run: Place) -> tuple[Progress, ...]:
+    """What each driver of the stage that was last at work said last, by shard.
 
     Raises:
         StorageError: It cannot be read.
     """
-    raw = (run / _PROGRESS).read()
-    return None if raw is None else Progress.parse(raw)
+    found = []
+    for child in run.children():
+        said = Progress.parse(child.read() or b"") if _PROGRESS.fullmatch(child.name) else None
+        if said is not None:
+            found.append(said)
+    if not found:
+        return ()
+    last = max(found, key=lambda one: one.time)
+    return tuple(
+        sorted(
+            (
+                one
+                for one in found
+                if one.stage == last.stage and bool(one.shard) == bool(last.shard)
+            ),
+            key=lambda one: [int(part) for part in one.shard.split("/") if part],
+        )
+    )
 
 
 def say_progress(run: Place, progress: Progress) -> None:
-    """Lets whoever looks at a run's storage know how far it is.
+    """Lets whoever looks at a run's storage know how far it is; a shard has a file of its own.
 
     Raises:
         StorageError: It cannot be written.
     """
-    (run / _PROGRESS).write(progress.json().encode())
+    part = f"-{progress.shard.replace('/', '-of-')}" if progress.shard else ""
+    (run / f"progress{part}.json").write(progress.json().encode())

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
+from typer.testing import CliRunner
 
 from reasonembed.artifacts import Artifact
+from reasonembed.cli import app
 from reasonembed.config import changed, load
+from reasonembed.corpus import read_corpus
 from reasonembed.errors import (
     AccessError,
     ConfigError,
@@ -22,11 +25,13 @@ from reasonembed.errors import (
     StorageError,
     explain,
 )
-from reasonembed.lease import FOLDER, Lease, claims, driver_of, held
+from reasonembed.evaluation.datasets import load_collection
+from reasonembed.lease import FOLDER, Lease, claims, drivers_of, held
 from reasonembed.models import resolve
 from reasonembed.run import Run
 from reasonembed.status import Progress, look, say_progress
 from reasonembed.storage import Place, last_part, storage_error
+from tests.ray.tiny_run import write_corpus
 from tests.s3 import KEYS, make_bucket, serving
 
 _REFUSED = "AWS Error {} during PutObject operation: x"
@@ -274,8 +279,8 @@ class TestLease:
                 Lease(stored).take()
             assert f"process {os.getpid()}" in str(e.value) and "If it was killed" in str(e.value)
             assert explain(e.value)[1] == 75
-            assert driver_of(stored).claim.pid == os.getpid()
-        assert driver_of(stored) is None
+            assert [one.claim.pid for one in drivers_of(stored)] == [os.getpid()]
+        assert drivers_of(stored) == []
         with held(stored):  # let go of, it can be had at once
             pass
         assert claims(stored) == []
@@ -311,7 +316,7 @@ class TestLease:
         subprocess.run([sys.executable, "-c", code, stored.uri], check=False)
         assert len(claims(stored)) == 1
         with held(stored):  # at once, without waiting for its lease to end
-            assert driver_of(stored).claim.pid == os.getpid()
+            assert [one.claim.pid for one in drivers_of(stored)] == [os.getpid()]
 
     def test_a_claim_that_is_not_renewed_ends_by_the_stores_clock(self, stored, monkeypatch):
         silent = Lease(stored, renew_s=1000)
@@ -409,7 +414,7 @@ class TestLease:
             held(place),
         ):
             pass
-        assert driver_of(place) is None
+        assert drivers_of(place) == []
 
 
 class TestRun:
@@ -483,8 +488,12 @@ class TestRun:
         with run.timed("rewrite"):
             pass
         say_progress(
-            run.place, Progress(stage="rewrite", label="rewrite", done=5, planned=9, note="slowly")
+            run.place,
+            Progress(time=10.0, stage="rewrite", label="rewrite", done=5, planned=9, note="slowly"),
         )
+        for done, shard in ((2, "2/2"), (3, "1/2")):
+            said = Progress(time=9.0, stage="annotate", shard=shard, label="annotate", done=done)
+            say_progress(run.place, said)
         with held(run.place):
             before = len(server.requests())
             found = look(run)
@@ -492,6 +501,70 @@ class TestRun:
         [stage] = [one for one in found.stages if one.stage == "rewrite"]
         assert (stage.state, stage.rows, stage.failed, stage.planned) == ("done", 5, 0, 9)
         assert {one.state for one in found.stages if one.stage != "rewrite"} == {"not run"}
-        assert found.driver.claim.pid == os.getpid()
-        assert (found.progress.done, found.progress.note) == (5, "slowly")
+        assert [one.claim.pid for one in found.drivers] == [os.getpid()]
+        assert [(one.done, one.note) for one in found.progress] == [(5, "slowly")]
         assert not any("/data/" in one for one in asked) and len(asked) < 40, asked
+
+    def test_each_shard_says_how_far_it_is(self, run):
+        for done, shard in ((5, "2/12"), (4, "10/12"), (3, "1/12")):
+            say_progress(
+                run.place, Progress(time=9.0 + done, stage="annotate", shard=shard, done=done)
+            )
+        assert [(one.shard, one.done) for one in look(run).progress] == [
+            ("1/12", 3), ("2/12", 5), ("10/12", 4)
+        ]  # fmt: skip
+        say_progress(run.place, Progress(time=99.0, stage="annotate", done=12))
+        assert [(one.shard, one.done) for one in look(run).progress] == [("", 12)]
+
+    def test_small_parts_are_merged_by_the_command(self, run):
+        from tests.test_artifacts import ok
+
+        rewrites = run.artifact("rewrites")
+        rewrites.begin({"a": 1})
+        for number in range(3):
+            rewrites.commit(f"p{number}", ok(f"q{number}"))
+        run.save_config()
+        before = rewrites.read()
+        done = CliRunner().invoke(app, ["compact", run.place.uri])
+        assert done.exit_code == 0 and done.output.split() == ["rewrites:", "2", "files", "fewer"]
+        assert len(rewrites.commits()) == 1 and rewrites.read().equals(before)
+        with held(run.place):
+            refused = CliRunner().invoke(app, ["compact", run.place.uri])
+        assert "in use by another driver" in str(refused.exception)
+
+
+class TestInputs:
+    """A corpus and a collection that lie in a store, as if they lay here."""
+
+    @pytest.fixture
+    def data(self, stored, tmp_path, monkeypatch):
+        monkeypatch.setenv("REASONEMBED_CACHE", str(tmp_path / "cache"))
+        here = write_corpus(tmp_path / "data")
+        (stored / "data").put(here)
+        (stored / "parts" / "docs-1.jsonl").put(here / "corpus.jsonl")
+        (stored / "parts" / "other.jsonl").put(here / "queries.jsonl")
+        (stored / "parts" / "below" / "docs-2.jsonl").put(here / "queries.jsonl")
+        return here
+
+    def test_a_folder_a_file_and_several_are_read(self, stored, data, server):
+        there, expected = stored / "data", read_corpus(str(data))
+        assert read_corpus(there.uri).equals(expected)
+        assert read_corpus((there / "corpus.jsonl").uri).equals(expected)
+        assert read_corpus((stored / "parts" / "docs-*.jsonl").uri).equals(expected)
+        found, here = load_collection(there.uri), load_collection(str(data))
+        assert (found.name, found.queries, found.qrels) == (here.name, here.queries, here.qrels)
+        before = len(server.requests())
+        assert read_corpus(there.uri).equals(expected)
+        assert not any("corpus.jsonl" in one for one in server.requests()[before:])
+
+    def test_another_version_is_fetched_again(self, stored, data):
+        read_corpus((stored / "data").uri)
+        with (data / "corpus.jsonl").open("a") as stream:
+            stream.write(json.dumps({"_id": "new", "text": "A new document."}) + "\n")
+        (stored / "data" / "corpus.jsonl").put(data / "corpus.jsonl")
+        assert "new" in read_corpus((stored / "data").uri).column("doc_id").to_pylist()
+
+    @pytest.mark.parametrize("name", ["none.jsonl", "none-*.jsonl", "nothing"])
+    def test_what_is_not_there_is_said(self, stored, data, name):
+        with pytest.raises(AccessError, match=r"none|nothing"):
+            read_corpus((stored / name).uri)

@@ -31,6 +31,8 @@ from reasonembed.evaluation.collection import Collection
 from reasonembed.evaluation.files import get_ids, get_string, insert, read_rows
 from reasonembed.evaluation.folders import load_folder, load_trec
 from reasonembed.evaluation.specs import Spec
+from reasonembed.fetched import fetched
+from reasonembed.storage import is_uri
 
 __all__ = ["BENCHMARKS", "PYTHON_STDLIB", "Collection", "load_collection", "load_collections"]
 
@@ -64,6 +66,7 @@ def load_collections(
     Raises:
         EvaluationError: There is no such collection, it is neither at hand nor on the hub, a file
             is malformed or ends early, or its parts contradict each other.
+        StorageError: A folder lies in a store that cannot be read.
     """
     name = re.split(r"[@+:]", spec, maxsplit=1)[0]
     if spec == PYTHON_STDLIB:
@@ -72,7 +75,7 @@ def load_collections(
         return BENCHMARKS[name](Spec.parse(spec), data_dir)
     if name == TREC:
         return [load_trec(Spec.parse(spec), task)]
-    folder = Path(spec)
+    folder = fetched(spec) if is_uri(spec) else Path(spec)
     if name == BRIGHT_PLUS and not folder.is_dir():
         raise EvaluationError(
             f"{spec}: the form of the files of BRIGHT+ (arXiv:2506.07116) is not known here, and "

@@ -74,15 +74,21 @@ class Budget:
         Raises:
             BudgetError: The limit is reached.
         """
-        if math.isinf(self.limit):
-            return
-        spent = self.spent()
-        if spent >= self.limit:
-            raise BudgetError(
-                f"{spent:,.2f} {self.currency} are spent, runtime.cost.max_cost is "
-                f"{self.limit:,.2f}: {self._stage or 'the run'} ends here. What is committed "
-                "stays; raise the limit and run again, it goes on"
-            )
+        if not math.isinf(self.limit) and self.spent() >= self.limit:
+            raise self.reached()
+
+    def reached(self) -> BudgetError:
+        """What a stage ends by that the limit has ended."""
+        return BudgetError(
+            f"{self.spent():,.2f} {self.currency} are spent, runtime.cost.max_cost is "
+            f"{self.limit:,.2f}: {self._stage or 'the run'} ends here. What is committed stays; "
+            "raise the limit and run again, it goes on"
+        )
+
+    def lasts_until(self) -> float:
+        """When the limit is reached if the stage goes on, in seconds since 1970."""
+        per_s = self._cost(self._stage, 1.0) if self._stage else 0.0
+        return self.clock() + (self.limit - self.spent()) / per_s if per_s else math.inf
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:

@@ -45,8 +45,9 @@ def take_steps(
         runtime: `checkpoint_every`, `async_checkpoints`.
         report: Called once a step on every worker with its metrics, and with the checkpoint if one
             was begun, on all workers alike; at the end all of them are whole.
-        is_leaving: Asked once a step on every worker, with one answer for all: whether a machine
-            is about to go. Then there is a checkpoint at once, and nothing else until it is whole.
+        is_leaving: Asked after each step but the last on every worker, with one answer for all:
+            whether a machine is about to go. Then there is a checkpoint at once, and nothing else
+            until it is whole.
 
     Returns:
         Metrics of the last step; empty if none was left to take.
@@ -56,7 +57,7 @@ def take_steps(
     for step in range(start, total):
         metrics = one_step(step)
         done, saved = step + 1, None
-        is_urgent = is_leaving() or done == total
+        is_urgent = done == total or is_leaving()
         if is_urgent or done % runtime.checkpoint_every == 0:
             saved = checkpoints.save(done)
             if is_urgent or not runtime.async_checkpoints:

@@ -1,5 +1,6 @@
 """Money: a stage that would pass the limit does not begin, one that reaches it ends."""
 
+import math
 from dataclasses import replace
 
 import pyarrow as pa
@@ -84,6 +85,20 @@ def test_a_stage_ends_when_the_money_does():
         with pytest.raises(BudgetError, match="annotate ends here"):
             found.guard()
     assert found.spent() == 0.0  # its time is the timeline's affair now
+
+
+def test_a_running_stage_knows_when_its_money_is_spent():
+    clock = Clock()
+    found = budget(100.0, timeline=[("a", HOUR, "failed")], clock=clock)
+    with found.during("train"):
+        end = found.lasts_until()
+        clock.now += HOUR  # whenever it is asked
+        assert found.lasts_until() == end == pytest.approx(1_000.0 + 4 * HOUR)
+        clock.now = end
+        with pytest.raises(BudgetError, match=r"100.00 USD are spent.*train ends here"):
+            found.guard()
+    with budget(math.inf).during("train"):
+        assert budget(math.inf).lasts_until() == math.inf
 
 
 def test_the_exit_code_is_the_budgets():

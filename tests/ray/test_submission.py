@@ -19,7 +19,7 @@ from ray_jobs.submit import (
     packaged,
     read_environment,
 )
-from reasonembed.config import load
+from reasonembed.config import changed, load
 from reasonembed.errors import ClusterError, ConfigError
 from reasonembed.shards import Shard
 from tests.ray.processes import ROOT, free_ports
@@ -83,14 +83,29 @@ def test_the_command_says_everything(config):
     )
     pipeline = Order(config, first="plan", last="mine")
     assert "ray_jobs.pipeline --config job.yaml --from plan --to mine" in pipeline.entrypoint
+    again = Order(config, is_fresh=True, is_growing=True, mine_with="s3://bucket/one run")
+    assert again.entrypoint.endswith("--mine-with 's3://bucket/one run' --fresh --grow")
 
 
 def test_what_cannot_be_sent_is_refused(config, tmp_path):
     check_order(Order(config))
     cases = {
-        "is relative": Order(config.model_copy(update={"run_dir": "runs/x"})),
+        "run_dir 'runs/x' is relative.*--set run_dir=": Order(
+            config.model_copy(update={"run_dir": "runs/x"})
+        ),
+        "--mine-with 'runs/x' is relative": Order(config, mine_with="runs/x"),
+        "corpus.source 'data/corpus' is relative": Order(
+            changed(config, {"corpus.source": "data/corpus"}, where="here")
+        ),
+        "evaluate.collection './gold' is relative": Order(
+            changed(config, {"evaluate.collection": "./gold"}, where="here")
+        ),
+        r"assemble.sources\[0\].path 'data/made' is relative": Order(
+            changed(config, {"assemble.sources": [{"path": "data/made"}]}, where="here")
+        ),
         "name it with --stage": Order(config, shard=Shard(1, 2)),
         "are for the pipeline": Order(config, stage="mine", last="mine"),
+        "--fresh and --grow are for": Order(config, stage="mine", is_fresh=True),
         "looks like a secret": Order(
             config.model_copy(update={"run_dir": "s3://AKIAABCDEFGH12345678:x@bucket/run"})
         ),
@@ -103,6 +118,7 @@ def test_what_cannot_be_sent_is_refused(config, tmp_path):
         ("env_vars: {OPENAI_API_KEY: abc}", "env_vars.OPENAI_API_KEY looks like a secret"),
         ("env_vars: [a]", "no runtime environment"),
         ("- a", "no runtime environment"),
+        ("working_dir: s3://bucket/code.zip", "working_dir 's3://bucket/code.zip' would not be"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):

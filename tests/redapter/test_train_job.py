@@ -1,5 +1,6 @@
 """The job around training, with a stand-in for Ray: nothing is started."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from reasonembed.artifacts import StageDirectory
 from reasonembed.config import TrainRuntime
 from reasonembed.errors import ConfigError
 from reasonembed.redapter.log import TrainLog
+from reasonembed.redapter.stepping import take_steps
 from reasonembed.storage import Place
 
 
@@ -17,7 +19,6 @@ def test_a_checkpoint_is_registered_before_trackers_are_asked(tmp_path, monkeypa
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(train.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(train.ray.train, "get_checkpoint", lambda: None)
-    monkeypatch.setattr(train, "Announcements", lambda: lambda: False)
 
     def register(metrics, saved, kept):
         # The line is there already: a run that goes on from this checkpoint takes no step twice.
@@ -35,6 +36,46 @@ def test_a_checkpoint_is_registered_before_trackers_are_asked(tmp_path, monkeypa
         trackers=trackers,
     )
     assert order == ["registered", "tracked", "closed"]
+
+
+@pytest.mark.parametrize(("until", "saved"), [(1_003.0, [3]), (1_004.0, []), (math.inf, [])])
+def test_a_training_ends_by_a_checkpoint_when_its_time_is_over(
+    tmp_path, monkeypatch, until, saved
+):
+    """A clock second a step, four of them; the last one needs no other end."""
+    clock, registered, closed = iter(range(1_001, 1_009)), [], []
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(train.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(train.ray.train, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(train.ray.train, "get_preemption_info", lambda: None)
+    monkeypatch.setattr(train, "broadcast_from_rank_zero", lambda value: value)
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(train, "_register", lambda metrics, saved, kept: registered.append(saved))
+
+    def loop(*, report, is_leaving, **_):
+        checkpoints = SimpleNamespace(
+            forget_after=lambda step: None,
+            save=lambda done: SimpleNamespace(done=done, wait=lambda: None),
+        )
+        take_steps(
+            lambda step: {"step": float(step), "loss": 1.0},
+            checkpoints,
+            start=0,
+            total=4,
+            runtime=TrainRuntime(checkpoint_every=10),
+            report=report,
+            is_leaving=is_leaving,
+        )
+
+    train.in_worker(
+        loop,
+        storage=Place(tmp_path),
+        folder=tmp_path,
+        trackers=SimpleNamespace(write=lambda metrics: None, close=lambda: closed.append(True)),
+        until=until,
+    )
+    assert [one.done for one in registered] == (saved or [4]) and closed
+    assert len(TrainLog(tmp_path / "log.jsonl").steps()) == (saved or [4])[-1]
 
 
 @pytest.mark.parametrize(
