@@ -42,7 +42,7 @@ def plan(config: RunConfig, *, shape: str | None = None, documents: int | None =
     name = shape or chosen_shape(config)
     known = calibration(config, prices.device(name))
     inputs = read_inputs(config, documents=documents)
-    return make_plan(config, inputs, prices=prices, calibration=known, shape=name)
+    return make_plan(config, inputs, prices=prices, calibration=known, shape=shape)
 
 
 def calibration(config: RunConfig, device: Device) -> Calibration:

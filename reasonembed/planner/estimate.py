@@ -12,7 +12,7 @@ from reasonembed.planner.calibration import CPU_UTILISATION, UTILISATION, Calibr
 from reasonembed.planner.formulae import Device
 from reasonembed.planner.inputs import Inputs
 from reasonembed.planner.loads import Load, Site, loads
-from reasonembed.planner.prices import Prices, Shape, chosen_shape
+from reasonembed.planner.prices import Prices, Shape, chosen_shape, uses_gpus
 from reasonembed.run import Run
 
 
@@ -106,6 +106,11 @@ class Plan:
         """One stage; None where the plan has none of that name."""
         return next((one for one in self.stages if one.stage == name), None)
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Stages that cannot run there; the sums are without them."""
+        return tuple(stage.stage for stage in self.stages if stage.problem)
+
     def to_json(self) -> dict[str, Any]:
         """As `plan.json` and `--json` hold it."""
         totals = {
@@ -114,6 +119,7 @@ class Plan:
             "on_demand": self.cost("on_demand"),
             "spot": self.cost("spot"),
             "disk": math.fsum(stage.disk for stage in self.stages),
+            "without": list(self.left_out),
         }
         return asdict(self) | {"total": totals}
 
@@ -166,7 +172,10 @@ def make_plan(
         currency=prices.currency,
         prices_of=str(prices.date),
         stages=done,
-        assumptions=tuple(_assumptions(site, done)),
+        assumptions=(
+            *_cluster(config, name, asked=shape),
+            *_assumptions(site, done),
+        ),
         warnings=(warning,) if warning else (),
         settings=settings_of(config),
     )
@@ -216,6 +225,12 @@ def _stage_plan(
         problem=problem,
         notes=tuple(dict.fromkeys(note for load in parts for note in load.notes)),
     )
+
+
+def _cluster(config: RunConfig, name: str, *, asked: str | None) -> list[str]:
+    if asked or config.runtime.cost.shape or not uses_gpus(config):
+        return []
+    return [f"cluster {name}, for runtime.cost.shape is not set"]
 
 
 def _assumptions(site: Site, stages: Sequence[StagePlan]) -> list[str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
-from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -20,11 +18,11 @@ from reasonembed.config import RunConfig
 from reasonembed.corpus import read_corpus
 from reasonembed.errors import ConfigError, CorpusError, EvaluationError
 from reasonembed.evaluation.datasets import load_collection
-from reasonembed.planner.shapes import folder_of
+from reasonembed.planner.sources import Source, read_sources
+from reasonembed.planner.tokens import CHARS_A_TOKEN, token_counts
 from reasonembed.remixer.answers import cut_words
 from reasonembed.run import Run
 
-CHARS_A_TOKEN = 3.5  # of the texts of this field, code and formulae among them; within 20 %
 CHARS_A_WORD = 6.0
 _SAMPLE = 300
 _WHOLE, _PARTS = 50_000, 8  # rows up to which a corpus is read whole; parts that are, beyond
@@ -45,6 +43,8 @@ class Inputs:
         queries: Of the evaluation.
         query_chars: Their mean length.
         origin: Where this comes from.
+        assumed: What else is to be said of it.
+        sources: Samples that were made elsewhere; empty where the run makes its own.
     """
 
     documents: int
@@ -56,6 +56,7 @@ class Inputs:
     query_chars: float = _QUERY_CHARS
     origin: str = ""
     assumed: tuple[str, ...] = field(default=())
+    sources: tuple[Source, ...] = ()
 
     def document_tokens(
         self,
@@ -78,34 +79,6 @@ class Inputs:
         return counts if max_tokens is None else np.minimum(counts, max_tokens)
 
 
-def token_counts(
-    texts: Sequence[str], model: str, *, cache_dir: str | None = None
-) -> tuple[float, ...]:
-    """Tokens of texts: by the model's tokenizer where that is at hand, else by characters."""
-    return _token_counts(tuple(texts), model, cache_dir)
-
-
-@lru_cache(maxsize=64)
-def _token_counts(texts: tuple[str, ...], model: str, cache_dir: str | None) -> tuple[float, ...]:
-    folder = folder_of(model, cache_dir=cache_dir)
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return tuple(len(text) / CHARS_A_TOKEN for text in texts)
-    tokenizer = _tokenizer(str(folder))
-    return tuple(
-        float(len(one.ids)) for one in tokenizer.encode_batch(texts, add_special_tokens=False)
-    )
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(folder: str) -> Any:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def read_inputs(
     config: RunConfig, *, documents: int | None = None, may_read: bool = True
 ) -> Inputs:
@@ -117,13 +90,18 @@ def read_inputs(
         may_read: Whether a corpus that is not committed may be read, which takes a while.
 
     Raises:
-        ConfigError: Nothing is known of the corpus.
+        ConfigError: Nothing is known of the corpus, or of the samples of `assemble.sources`.
+        SchemaError: Those samples cannot be read.
     """
     queries, query_chars, said = _evaluation(config)
+    sources, of_sources = read_sources(config)
+    said += of_sources
     table = None if documents else _corpus(config, may_read=may_read)
     if table is not None:
-        return _counted(table, config, queries=queries, query_chars=query_chars, said=said)
-    return _assumed(config, documents, queries=queries, query_chars=query_chars, said=said)
+        found = _counted(table, config, queries=queries, query_chars=query_chars, said=said)
+    else:
+        found = _assumed(config, documents, queries=queries, query_chars=query_chars, said=said)
+    return replace(found, sources=sources)
 
 
 def _corpus(config: RunConfig, *, may_read: bool) -> pa.Table | None:

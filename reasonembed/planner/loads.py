@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from reasonembed.config import (
@@ -19,6 +19,7 @@ from reasonembed.config import (
     LLMPool,
     LLMStageConfig,
     RunConfig,
+    TaskBatch,
 )
 from reasonembed.planner.answers import Answers, AnswerStatistics
 from reasonembed.planner.formulae import (
@@ -32,8 +33,10 @@ from reasonembed.planner.formulae import (
     training_memory,
     training_passes,
 )
-from reasonembed.planner.inputs import Inputs, token_counts
+from reasonembed.planner.inputs import Inputs
 from reasonembed.planner.shapes import ModelShape, shape_of
+from reasonembed.planner.sources import Source
+from reasonembed.planner.tokens import token_counts
 from reasonembed.remixer.answers import prompt_template
 from reasonembed.remixer.audit import NEGATIVES_PER_QUERY
 
@@ -195,18 +198,30 @@ class _Engine:
         return {"weights": weights / self.devices, "keys and values": held / self.devices}
 
     def problem(self, longest: float) -> str:
-        """Why not even one text of that length fits; empty where it does."""
+        """Why it does not start, or not even one text of that length fits; empty where it does."""
+        heads = self.shape.heads
+        if heads % self.devices:
+            return (
+                f"the {heads} heads of {self.shape.name} cannot be cut evenly by "
+                f"runtime.engine.tensor_parallel_size {self.devices}"
+            )
         size = self.shape.weights * self.bits[0] / 8e9
         text = longest * self.shape.kv_bytes(bits=self.bits[1]) / 1e9
         each = self.device.memory * self.settings.gpu_memory_utilization / 1e9
         if size + text <= self.devices * each:
             return ""
-        return (
+        needs = (
             f"{self.shape.name} takes {size:.0f} GB and {longest:,.0f} tokens of context "
-            f"{text:.1f} GB more; {self.devices} x {self.device.name} have "
-            f"{self.devices * each:.0f} GB. It needs {math.ceil((size + text) / each)}: set "
-            "runtime.engine.tensor_parallel_size, runtime.engine.quantization fp8, a smaller "
-            "model or a larger GPU"
+            f"{text:.1f} GB more; "
+        )
+        if not self.device.is_gpu:
+            return f"{needs}this machine has {each:.0f} GB for it: take a smaller model, or GPUs"
+        least = math.ceil((size + text) / each)
+        even = next((n for n in range(least, heads) if heads % n == 0), heads)
+        return (
+            f"{needs}{self.devices} x {self.device.name} have {self.devices * each:.0f} GB. It "
+            f"needs {least}: set runtime.engine.tensor_parallel_size {even}, "
+            "runtime.engine.quantization fp8, a smaller model or a larger GPU"
         )
 
 
@@ -409,6 +424,8 @@ def planned_rows(site: Site) -> Rows:
     audited = min(config.annotate.audit_queries, inputs.queries) * (1 + NEGATIVES_PER_QUERY)
     share = 1.0 if config.assemble.rule == "rank" else site.statistics.yields.samples
     samples = queries * share * (1 - config.assemble.held_out_share)
+    if inputs.sources:
+        samples = math.fsum(one.rows for one in inputs.sources)
     pairs = queries * _pairs_a_query(site)
     return Rows(
         inputs.documents, inputs.distinct, eligible, seeds, queries, pairs, audited, samples
@@ -480,13 +497,12 @@ def embed_load(
     )
 
 
-def _too_large(shape: ModelShape, needed: float, device: Device) -> str:
+def _too_large(shape: ModelShape, needed: float, device: Device, *, cure: str = "") -> str:
     if not device.is_gpu or needed <= device.memory:
         return ""
     return (
         f"{shape.name} takes {needed / 1e9:.0f} GB without any text; a {device.name} has "
-        f"{device.memory / 1e9:.0f} GB: take a larger GPU or a smaller model; for training, "
-        "runtime.train.sharding fsdp with more workers, or train.lora"
+        f"{device.memory / 1e9:.0f} GB: take a larger GPU or a smaller model{cure}"
     )
 
 
@@ -509,28 +525,49 @@ class Training:
     tokens: float
     rewritten: float
     mean_length: float
-    group_size: int
 
 
 def planned_training(site: Site, *, samples: float) -> Training:
-    """Steps and tokens, by the batch shape of the corpus's task."""
+    """Steps and tokens, by the batch shape of each task; all tasks together have the samples."""
     train = site.config.train
-    batch, group = train.batch_queries, train.group_size
+    sources = site.inputs.sources or (_made_here(site),)
+    whole = math.fsum(one.rows for one in sources) or 1.0
+    parts = [_training(site, one, samples=samples * one.rows / whole) for one in sources]
+    steps, tokens, rewritten, squares = (math.fsum(column) for column in zip(*parts, strict=True))
+    share = min(1.0, train.max_steps / steps) if train.max_steps and steps else 1.0
+    return Training(
+        round(steps * share), tokens * share, rewritten * share, squares / max(1.0, tokens)
+    )
+
+
+def _made_here(site: Site) -> Source:
+    config = site.config
+    thought = site.statistics.answers("rewrite", config).tokens_a_try
+    kept = query_tokens(site) if config.rewrite.keep_query else 0
+    passages = site.documents(config.train.encoder.model)
+    return Source(1.0, config.corpus.task, query_tokens(site), thought + kept, passages)
+
+
+def _training(site: Site, source: Source, *, samples: float) -> tuple[float, float, float, float]:
+    """Steps, tokens, tokens of q′, and the squared lengths of the texts."""
+    encoder, shape = site.config.train.encoder, _batch_shape(site.config, source.task)
+    steps = int(samples * site.config.train.epochs // shape.batch_queries)
+    turns, group = steps * shape.batch_queries, shape.group_size
+    query, rewritten = (
+        min(tokens + _INSTRUCTION_TOKENS, encoder.max_query_tokens) if tokens else 0.0
+        for tokens in (source.query, source.rewritten)
+    )
+    passages = [min(one, encoder.max_document_tokens) for one in source.passages]
+    tokens = turns * (query + group * fmean(passages))
+    squares = turns * (query**2 + group * fmean(one * one for one in passages))
+    return steps, tokens, turns * rewritten, squares
+
+
+def _batch_shape(config: RunConfig, task: str) -> TaskBatch:
+    train = config.train
     shapes = PAPER_TASK_BATCHES if train.task_batches == "paper" else train.task_batches
-    if (shape := shapes.get(site.config.corpus.task)) is not None:
-        batch, group = shape.batch_queries, shape.group_size
-    steps = int(samples * train.epochs // batch)
-    steps = min(steps, train.max_steps) if train.max_steps else steps
-    limit, model = train.encoder.max_query_tokens, train.encoder.model
-    query = min(query_tokens(site) + _INSTRUCTION_TOKENS, limit)
-    thought = site.statistics.answers("rewrite", site.config).tokens_a_try
-    kept = query_tokens(site) if site.config.rewrite.keep_query else 0
-    rewritten = min(thought + kept + _INSTRUCTION_TOKENS, limit)
-    documents = site.documents(model, max_tokens=train.encoder.max_document_tokens)
-    turns = steps * batch
-    tokens = turns * (query + group * fmean(documents))
-    squares = turns * (query**2 + group * fmean(n * n for n in documents))
-    return Training(steps, tokens, turns * rewritten, squares / max(1.0, tokens), group)
+    own = TaskBatch(batch_queries=train.batch_queries, group_size=train.group_size)
+    return shapes.get(task, own)
 
 
 def train_load(site: Site, *, samples: float) -> Load:
@@ -551,14 +588,20 @@ def train_load(site: Site, *, samples: float) -> Load:
     )  # fmt: skip
     kept = shape.hidden * shape.layers * (2 if runtime.activation_checkpointing else 34) * size / 2
     chunk = min(runtime.chunk_tokens, plan.tokens / steps / workers) * kept
+    cures = _training_cures(config)
+    problem = _too_large(shape, needed, device, cure=f", or {cures}")
+    if not plan.steps:
+        problem = (
+            f"{samples:,.0f} samples fill no batch of train.batch_queries "
+            f"{train.batch_queries:,} or of its task in train.task_batches: lower it"
+        )
     notes: tuple[str, ...] = ()
     if device.is_gpu and needed + chunk > device.memory:
         notes = (
             f"may not fit: training {shape.name} takes about {needed / 1e9:.0f} GB a worker "
             f"and a chunk of {runtime.chunk_tokens:,} tokens about {chunk / 1e9:.0f} GB; a "
-            f"{device.name} has {device.memory / 1e9:.0f} GB: set "
-            "runtime.train.sharding fsdp with more workers, "
-            "activation_checkpointing, a smaller chunk_tokens, or train.lora",
+            f"{device.name} has {device.memory / 1e9:.0f} GB: set {cures}, or a smaller "
+            "runtime.train.chunk_tokens",
         )
     return Load(
         "train",
@@ -575,9 +618,19 @@ def train_load(site: Site, *, samples: float) -> Load:
         workers=workers,
         gpus=1 if device.is_gpu else 0,
         blocks=workers,
-        problem=_too_large(shape, needed, device),
+        problem=problem,
         notes=notes,
     )  # fmt: skip
+
+
+def _training_cures(config: RunConfig) -> str:
+    """Settings that take memory away and are not set yet."""
+    runtime = config.runtime.train
+    is_sharded = runtime.sharding == "fsdp"
+    found = [f"{'' if is_sharded else 'runtime.train.sharding fsdp with '}more workers"]
+    found += [] if runtime.activation_checkpointing else ["runtime.train.activation_checkpointing"]
+    found += ["train.lora"] if config.train.lora is None else []
+    return ", ".join(found)
 
 
 def train_work(
@@ -616,7 +669,20 @@ def train_work(
 def loads(site: Site, stages: Sequence[str]) -> dict[str, list[Load]]:
     """The loads of stages, in order."""
     rows = planned_rows(site)
-    return {stage: _STAGES[stage](site, rows) for stage in stages}
+    return {stage: _with_kinds(site, stage, _STAGES[stage](site, rows)) for stage in stages}
+
+
+def _with_kinds(site: Site, stage: str, found: list[Load]) -> list[Load]:
+    """With a note where the stage's actors would not start on this kind of GPU."""
+    section = {"audit": "annotate", "evaluate": "embed"}.get(stage, stage)
+    kinds = getattr(getattr(site.config.runtime, section, None), "accelerators", ())
+    if not kinds or site.device.name in kinds:
+        return found
+    note = (
+        f"runtime.{section}.accelerators [{', '.join(kinds)}] leaves out the {site.device.name} "
+        "that this plan is for"
+    )
+    return [replace(one, notes=(*one.notes, note)) if one.gpus else one for one in found]
 
 
 def _cpu(stage: str, rows: float, *, disk: float = 0.0) -> Load:
@@ -664,10 +730,14 @@ def _embed(site: Site, rows: Rows) -> list[Load]:
 def _evaluate(site: Site, rows: Rows) -> list[Load]:
     encoder, made = site.config.train.encoder, site.inputs.queries
     asked = _evaluated_tokens(site) + _INSTRUCTION_TOKENS
+    trained = fmean(one.query for one in site.inputs.sources or (_made_here(site),))
+    mixed = made * asked + rows.samples * (trained + _INSTRUCTION_TOKENS)
     both = [
-        embed_load(site, encoder, documents=rows.distinct, queries=queries, query_tokens=asked)
-        for queries in (made, made + rows.samples)
-    ]
+        embed_load(site, encoder, documents=rows.distinct, queries=queries, query_tokens=tokens)
+        for queries, tokens in (
+            (made, asked), (made + rows.samples, mixed / max(1.0, made + rows.samples))
+        )
+    ]  # fmt: skip
     return [*both, _cpu("evaluate", rows.distinct)]
 
 

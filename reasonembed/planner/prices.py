@@ -119,7 +119,7 @@ def read_prices(path: str | None = None) -> Prices:
     else:
         if not Path(path).is_file():
             raise ConfigError(f"runtime.cost.prices: no file {path}")
-        text, where = Path(path).read_text("utf-8"), path
+        text, where = _text_of(Path(path)), path
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -127,6 +127,15 @@ def read_prices(path: str | None = None) -> Prices:
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must hold a mapping, it holds {type(data).__name__}")
     return validated(Prices, data, where=where)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"runtime.cost.prices: {file} is not UTF-8 ({error}); save it as UTF-8"
+        ) from error
 
 
 def chosen_shape(config: RunConfig) -> str:

@@ -32,7 +32,7 @@ def work_table(plan: Plan) -> Table:
     """What there is to do, a row a stage."""
     table = _table(
         f"{plan.shape}: {plan.node}, {plan.device}",
-        *("rows", "tokens in", "cached", "out", "FLOP", "GB a device", "disk"),
+        *("rows", "tokens\nin", "cached", "out", "FLOP", "GB a\ndevice", "disk"),
     )
     for stage in plan.stages:
         share = stage.tokens_cached / stage.tokens_in if stage.tokens_in else 0.0
@@ -54,27 +54,33 @@ def hours_table(plan: Plan) -> Table:
     """How long it takes and what that costs, a row a stage and all together."""
     has_price = any(stage.on_demand for stage in plan.stages)
     devices = "GPU h" if plan.device != "cpu" else "h"
-    heads = [f"{devices}, limit", devices, "time", "nodes"]
-    money = [f"{plan.currency} on demand", "spot"] if has_price else []
+    heads = [f"{devices},\nlimit", devices, "time", "nodes"]
+    money = [f"{plan.currency} on\ndemand", "spot"] if has_price else []
     table = _table("", *heads, *money, "rates")
     for stage in plan.stages:
-        time = "does not fit" if stage.problem else duration(stage.seconds)
+        time = "cannot run" if stage.problem else duration(stage.seconds)
         cells = [_hours(stage.limit_hours), _hours(stage.device_hours), time, f"{stage.nodes}"]
-        cost = [f"{stage.on_demand:,.2f}", f"{stage.spot:,.2f}"] if has_price else []
+        cost = [_money(stage.on_demand), _money(stage.spot)] if has_price else []
         table.add_row(stage.stage, *cells, *cost, stage.basis)
     limit = math.fsum(stage.limit_hours for stage in plan.stages)
     hours = math.fsum(stage.device_hours for stage in plan.stages)
-    cost = [f"{plan.cost('on_demand'):,.2f}", f"{plan.cost('spot'):,.2f}"] if has_price else []
+    cost = [_money(plan.cost(market)) for market in ("on_demand", "spot")] if has_price else []
     table.add_section()
-    table.add_row("all", _hours(limit), _hours(hours), duration(plan.seconds), "", *cost, "")
+    name = f"all without {', '.join(plan.left_out)}" if plan.left_out else "all"
+    table.add_row(name, _hours(limit), _hours(hours), duration(plan.seconds), "", *cost, "")
     return table
 
 
 def _table(title: str, *heads: str) -> Table:
     table = Table("stage", title=title or None, title_justify="left")
-    for head in heads:
-        table.add_column(head, justify="right")
+    for head in heads:  # a time may be wrapped between its words, a figure may not be cut
+        table.add_column(head, justify="right", no_wrap=head != "time", overflow="fold")
     return table
+
+
+def _money(value: float) -> str:
+    """With cents below a thousand."""
+    return f"{value:,.2f}" if value < 1_000 else f"{value:,.0f}"
 
 
 def _hours(value: float) -> str:
@@ -84,8 +90,8 @@ def _hours(value: float) -> str:
 
 
 def plan_view(plan: Plan) -> Group:
-    """The table with what it rests on, what does not fit and what could be cheaper."""
-    lines = [f"  {stage.stage} does not fit: {stage.problem}" for stage in plan.stages
+    """The table with what it rests on, what cannot run and what could be cheaper."""
+    lines = [f"  {stage.stage} cannot run: {stage.problem}" for stage in plan.stages
              if stage.problem]  # fmt: skip
     lines += [f"  {stage.stage}: {note}" for stage in plan.stages for note in stage.notes]
     lines += [f"  assumed: {one}" for one in plan.assumptions]
@@ -108,8 +114,8 @@ def compared_table(rows: Sequence[Compared], *, currency: str) -> Table:
             f"{row.ratio:.2f}" if row.ratio is not None else "",
             short(row.planned_tokens),
             short(row.actual_tokens),
-            f"{row.planned_cost:,.2f}" if row.planned_cost else "",
-            f"{row.actual_cost:,.2f}" if row.actual_cost else "",
+            _money(row.planned_cost) if row.planned_cost else "",
+            _money(row.actual_cost) if row.actual_cost else "",
         )
     return table
 

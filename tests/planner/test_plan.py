@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from reasonembed.errors import ConfigError
 from reasonembed.planner.answers import Answers, ends_for
 from reasonembed.planner.estimate import plan_from
 from reasonembed.planner.inputs import read_inputs
-from reasonembed.planner.prices import read_prices
+from reasonembed.planner.prices import read_prices, uses_gpus
 from reasonembed.planner.shapes import KNOWN, shape_from, shape_of
 from reasonembed.planner.show import as_text, plan_view
 from tests.planner.plans import INPUTS, changed, config, plan
@@ -24,6 +25,9 @@ SMOL = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49_152,
     "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+SHIPPED = sorted(file.stem for file in Path("configs").glob("*.yaml"))
 
 
 def test_a_config_json_gives_the_shape_that_is_known_by_name():
@@ -52,18 +56,26 @@ def test_a_model_that_another_run_will_train_has_the_shape_of_its_start():
 
 
 def test_every_shipped_configuration_can_be_planned():
-    for name in ("bright-qwen3-4b", "bright-llama31-8b", "bright-qwen3-8b", "quickstart"):
+    for name in SHIPPED:
         found = plan(config(name))
         assert found.seconds > 0 and all(one.rows >= 0 for one in found.stages), name
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if uses_gpus(config(name))])
+def test_every_shipped_configuration_for_gpus_fits_eight_h100(name):
+    settings = config(name)
+    found = plan(settings, inputs=read_inputs(settings))
+    said = as_text(plan_view(found))
+    assert not found.left_out and "may not fit" not in said, said
 
 
 def test_72b_on_four_l4_does_not_fit_and_the_plan_says_what_would():
     found = plan(shape="aws-l4x8")
     generate = found.stage("generate")
     assert "145 GB" in generate.problem and "4 x L4 have 86 GB" in generate.problem
-    assert "It needs 7" in generate.problem and "tensor_parallel_size" in generate.problem
+    assert "It needs 7: set runtime.engine.tensor_parallel_size 8" in generate.problem
     assert generate.seconds == 0 == generate.on_demand
-    assert "does not fit" in as_text(plan_view(found))
+    assert "cannot run" in as_text(plan_view(found))
 
 
 def test_fp8_on_one_kind_of_gpu_changes_that_kind_alone():
@@ -94,8 +106,43 @@ def test_whole_nodes_are_paid_for():
 
 
 def test_a_small_batch_is_pointed_out():
-    notes = plan().stage("annotate").notes
+    notes = plan(changed(runtime__engine__max_num_seqs=64)).stage("annotate").notes
     assert "64 texts at once" in notes[0] and "max_num_seqs" in notes[0]
+
+
+def test_no_figure_is_cut_off_in_eighty_columns():
+    many = replace(INPUTS, documents=5_000_000, distinct=5_000_000)
+    found = plan(changed(plan__max_seeds_per_task=400_000), inputs=many)
+    most = found.stage("annotate").on_demand
+    said = as_text(plan_view(found), width=80)
+    assert most > 10_000 and f" {most:,.0f} " in said and f" {found.cost('spot'):,.0f} " in said
+    assert "…" not in said
+
+
+def test_what_cannot_run_is_said_and_not_in_the_sum():
+    sizes = {"runtime__engine__tensor_parallel_size": 3, "train__batch_queries": 10**8}
+    found = plan(changed(**sizes))
+    assert found.left_out == ("generate", "annotate", "rewrite", "train")
+    assert "64 heads" in found.stage("generate").problem
+    assert "fill no batch of train.batch_queries 100,000,000" in found.stage("train").problem
+    assert "all without generate, annotate, rewrite, train" in as_text(plan_view(found))
+    here = plan(shape="this-machine").stage("generate").problem
+    assert "this machine has" in here and "tensor_parallel_size" not in here
+
+
+def test_a_kind_of_gpu_that_the_shape_has_not_is_pointed_out():
+    notes = {"runtime__annotate__accelerators": "[B200]", "runtime__train__accelerators": "[H100]"}
+    found = plan(changed(**notes))
+    said = [one.stage for one in found.stages if any("[B200]" in note for note in one.notes)]
+    assert said == ["annotate"]
+
+
+def test_what_is_set_already_is_no_advice():
+    small = {"runtime__train__chunk_tokens": 65_536}
+    assert "train.lora" not in plan(changed(**small)).stage("train").notes[0]
+    full = plan(changed(train__lora="null", runtime__train__sharding="fsdp", **small))
+    said = full.stage("train").notes[0]
+    assert "train.lora" in said and "sharding" not in said
 
 
 def test_a_plan_goes_through_json():
@@ -188,6 +235,9 @@ def test_own_prices(tmp_path):
         read_prices(str(file))
     with pytest.raises(ConfigError, match="no file"):
         read_prices(str(tmp_path / "other.yaml"))
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="save it as UTF-8"):
+        read_prices(str(file))
 
 
 def test_every_packaged_shape_has_both_prices_and_says_where_they_are_from():
@@ -219,11 +269,16 @@ def test_the_command_prints_tables_or_json(monkeypatch, tmp_path):
     asked = ["plan", "configs/bright-qwen3-8b.yaml", *sets]
     table = CliRunner().invoke(app, asked)
     assert table.exit_code == 0, table.output
-    for word in ("annotate", "does not fit", "GPU h", "published statistics"):
-        assert (word in table.output) == (word != "does not fit"), word
+    for word in ("annotate", "GPU h", "published statistics"):
+        assert word in table.output, word
+    assert "cannot run" not in table.output
+    assert "cluster aws-h100x8, for runtime.cost.shape is not set" in table.output
+    assert max(map(len, table.output.splitlines())) > 80  # no terminal
     said = CliRunner().invoke(app, [*asked, "--json", "--shape", "aws-l4x8"])
     data = json.loads(said.stdout)
     assert data["shape"] == "aws-l4x8" and data["total"]["spot"] > 0
+    assert data["total"]["without"] == ["generate", "rewrite"]
+    assert not any("cluster" in one for one in data["assumptions"])
     assert not (tmp_path / "run").exists()
 
 
