@@ -532,8 +532,8 @@ class EvaluateConfig(Strict):
 
     collection: str = Field(
         "python-stdlib",
-        description="`python-stdlib` or a folder in BEIR form, here or in an object store; "
-        "searched corpus: ours",
+        description="`python-stdlib`, a folder in BEIR form, here or in an object store, or a "
+        "benchmark's task such as `bright:biology`; searched corpus: ours",
     )
     top_k: Positive = 1_000
     bm25: bool = True

@@ -217,6 +217,10 @@ def _service_problems(manifest: Fields) -> Iterator[str]:
         yield f"ray.io/initializing-timeout {timeout!r} is no duration"
     if cluster["headGroupSpec"].get("headService", {}).get("metadata", {}).get("name"):
         yield "headService of a service has no name"
+    (head, *_) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    ports = [one.get("name", "") for one in head.get("ports", [])]
+    if ports and not any(re.fullmatch("serve(-.*)?", name) for name in ports):
+        yield "no port of the head is named serve, so no Service is made"
     if spec.get("rayClusterDeletionDelaySeconds", 0) < 0:
         yield "rayClusterDeletionDelaySeconds is negative"
     strategy = spec.get("upgradeStrategy", {})

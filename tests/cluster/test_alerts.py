@@ -71,6 +71,33 @@ def test_it_names_labels_that_its_result_has(rule):
     assert named <= kept
 
 
+def is_one_series_a_group(node):
+    """Whether labels that our code does not know (`instance`, `WorkerId`) are summed away."""
+    if isinstance(node, promql_parser.ParenExpr):
+        return is_one_series_a_group(node.expr)
+    if isinstance(node, promql_parser.BinaryExpr):
+        sides = [one for one in (node.lhs, node.rhs) if not is_number(one)]
+        return all(is_one_series_a_group(one) for one in sides)
+    if isinstance(node, promql_parser.Call) and node.func.name == "histogram_quantile":
+        return is_one_series_a_group(node.args[1])
+    return isinstance(node, promql_parser.AggregateExpr)
+
+
+def is_number(node):
+    return isinstance(node, promql_parser.NumberLiteral)
+
+
+@EACH
+def test_what_is_compared_is_one_series_a_group(rule):
+    """Shards and drivers that were started again have series of their own: else many match many."""
+    assert is_one_series_a_group(promql_parser.parse(rule["expr"])) or "absent" in rule["expr"]
+
+
+def test_series_that_are_not_summed_are_found():
+    broken = "avg_over_time(a[5m]) > on (run) 0.5 * sum by (run) (b)"
+    assert not is_one_series_a_group(promql_parser.parse(broken))
+
+
 def test_a_stage_that_never_committed_stands_still_too():
     (rule,) = [rule for rule in RULES if rule["alert"] == "StageStandsStill"]
     # A counter of an actor has no series before its first commit, so nothing would be compared.

@@ -144,6 +144,12 @@ BROKEN = [
         "soon",
         "is no duration",
     ),
+    (
+        "service",
+        ("spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "containers", 0, "ports"),
+        [{"containerPort": 8080, "name": "metrics"}],
+        "no port of the head is named serve",
+    ),
     ("service", (*SERVICE, "rayClusterDeletionDelaySeconds"), -1, "is negative"),
     (
         "service",

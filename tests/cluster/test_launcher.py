@@ -46,6 +46,23 @@ def test_the_head_takes_no_work_and_stays(config):
     assert not is_spot(head["node_config"])
 
 
+def test_on_aws_the_head_may_do_more_than_the_workers():
+    """Workers have a role, so the head must be given one that may hand it on."""
+    types = CONFIGS["aws"]["available_node_types"]
+    profiles = {name: kind["node_config"]["IamInstanceProfile"] for name, kind in types.items()}
+    head = profiles.pop("head")
+    assert len({one["Arn"] for one in profiles.values()}) == 1
+    assert head not in profiles.values()
+
+
+def test_on_google_cloud_every_disk_is_of_a_kind_that_a3_takes():
+    config = CONFIGS["gcp"]
+    zone = config["provider"]["availability_zone"]
+    for kind in config["available_node_types"].values():
+        (disk,) = kind["node_config"]["disks"]
+        assert disk["initializeParams"]["diskType"] == f"zones/{zone}/diskTypes/pd-balanced"
+
+
 @EACH
 def test_labels_say_what_is_bought(config):
     for group, kind in config["available_node_types"].items():

@@ -4,9 +4,11 @@ import importlib.util
 import math
 import shlex
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr as autoscaling_config,
 )
@@ -29,12 +31,12 @@ from tests.cluster.files import (
 from tests.cluster.kuberay import cluster_spec, groups
 
 KUBERNETES = "1.33"
-NAMES = ["support", "redis", "network-policy", *KUBERAY]
+NAMES = ["support", "redis", "network-policy", "pod-monitor", *KUBERAY]
 OBJECTS = [
     (name, one)
     for name in NAMES
     for one in documents(f"kuberay/{name}.yaml")
-    if not one["apiVersion"].startswith("ray.io")
+    if not one["apiVersion"].startswith(("ray.io", "monitoring.coreos.com"))
 ]
 CLUSTERS = {name: cluster_spec(ray_manifest(name)) for name in KUBERAY}
 GROUPS = [(name, group, spec) for name, of in CLUSTERS.items() for group, spec in groups(of)]
@@ -176,6 +178,14 @@ def test_a_pod_that_goes_drains_within_its_grace(name, group, spec):
     assert draining <= deadline < grace
 
 
+@pytest.mark.parametrize("name", KUBERAY)
+def test_a_head_that_goes_drains_within_its_grace(name):
+    pod = CLUSTERS[name]["headGroupSpec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    draining = int(environment(container)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert draining < pod["terminationGracePeriodSeconds"]
+
+
 def test_ray_knows_the_command_that_drains():
     from ray.scripts.scripts import cli
 
@@ -292,8 +302,10 @@ def test_memory_of_the_index_leaves_room_for_the_object_store():
 
 def test_a_disruption_takes_one_worker_of_the_service():
     budget = documents("kuberay/service.yaml")[1]["spec"]
-    assert budget["maxUnavailable"] == 1
-    assert_selects_the_service(budget["selector"])
+    assert_selects_the_service(budget.pop("selector"))
+    at_rest = sum(group["minReplicas"] for _, group in groups(CLUSTERS["service"])[1:])
+    # Pods of a RayCluster, which has no scale: Kubernetes takes a number here and nothing else.
+    assert budget == {"minAvailable": at_rest - 1}
 
 
 def assert_selects_the_service(selector):
@@ -320,6 +332,76 @@ def test_only_who_must_gets_in():
     assert_selects_the_service(policies["service"]["podSelector"])
 
 
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+POD_MONITOR = {
+    "type": "object",
+    "required": ["selector", "podMetricsEndpoints"],
+    "additionalProperties": False,
+    "properties": {
+        "selector": {"type": "object"},
+        "podMetricsEndpoints": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["port"],
+                "additionalProperties": False,
+                "properties": {
+                    "port": {"type": "string"},
+                    "path": {"type": "string"},
+                    "authorization": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "properties": {"type": {"type": "string"}, "credentials": TEXTS},
+                    },
+                },
+            },
+        },
+    },
+}
+"""The part of the operator's schema that our file needs, closed against everything else."""
+
+
+def ports_of(*, is_head):
+    """Named ports of Ray's pods, as a monitor finds them."""
+    found = {}
+    for name, group, spec in GROUPS:
+        if (group == "head") == is_head:
+            (container,) = spec["template"]["spec"]["containers"]
+            for one in container["ports"]:
+                found.setdefault(one["name"], {})[name, group] = one["containerPort"]
+    return found
+
+
+def test_prometheus_sees_nodes_the_autoscaler_and_the_service():
+    nodes, service = documents("kuberay/pod-monitor.yaml")
+    for one in (nodes, service):
+        assert (one["apiVersion"], one["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
+        jsonschema.validate(one["spec"], POD_MONITOR)
+    heads, workers = ports_of(is_head=True), ports_of(is_head=False)
+    assert [one["port"] for one in nodes["spec"]["podMetricsEndpoints"]] == [
+        "metrics",
+        "as-metrics",
+    ]
+    assert set((heads["metrics"] | workers["metrics"]).values()) == {8080}
+    assert len(heads["metrics"] | workers["metrics"]) == len(GROUPS)
+    assert heads["as-metrics"] == {(name, "head"): AUTOSCALER_METRIC_PORT for name in KUBERAY}
+    # One target: a proxy asks any ingress, and two would count all of them twice.
+    assert service["spec"]["selector"] == {"matchLabels": {"ray.io/node-type": "head"}}
+    (scraped,) = service["spec"]["podMetricsEndpoints"]
+    assert heads[scraped["port"]] == {("service", "head"): 8000}
+    assert scraped["authorization"]["credentials"].keys() == {"name", "key"}
+
+
+def test_prometheus_is_let_in():
+    (rule,) = [
+        rule
+        for policy in documents("kuberay/network-policy.yaml")
+        for rule in policy["spec"].get("ingress", [])
+        if "monitoring" in str(rule["from"])
+    ]
+    assert {8080, AUTOSCALER_METRIC_PORT, 8000} <= {one["port"] for one in rule["ports"]}
+
+
 def test_what_is_named_exists():
     claims = {
         one["persistentVolumeClaim"]["claimName"]
@@ -344,10 +426,12 @@ def test_the_job_runs_the_pipeline_and_goes_on():
     spec = ray_manifest("job")["spec"]
     python, flag, module, *arguments = shlex.split(spec["entrypoint"])
     assert (python, flag) == ("python", "-m") and importlib.util.find_spec(module)
-    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    path = given["--config"].removeprefix("/opt/reasonembed/")
-    config = load(ROOT / path, overrides=[given["--set"]])
+    given = list(zip(arguments[::2], arguments[1::2], strict=True))
+    path = dict(given)["--config"].removeprefix("/opt/reasonembed/")
+    config = load(ROOT / path, overrides=[value for flag, value in given if flag == "--set"])
     assert config.run_dir.startswith("/shared/")  # where every pod mounts the same volume
+    assert config.corpus.source.startswith("hf://")  # the image has none
+    assert config.evaluate.collection.startswith("bright:")
     assert spec["backoffLimit"] >= 3
     environment = yaml.safe_load(spec["runtimeEnvYAML"])
     assert RuntimeEnv(**environment)["env_vars"] == environment["env_vars"]
