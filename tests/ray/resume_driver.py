@@ -18,7 +18,7 @@ from reasonembed.config import TrainConfig, TrainRuntime
 from reasonembed.redapter.loop import train
 from reasonembed.redapter.stepping import Report
 from reasonembed.redapter.trackers import Trackers
-from reasonembed.storage import append_json_line
+from reasonembed.storage import Place, append_json_line
 from tests.embedder.tiny import encoder_config
 from tests.redapter.samples import samples
 
@@ -62,7 +62,10 @@ def worker(payload: dict[str, dict[str, Any]]) -> None:
             **given,
         )
 
-    in_worker(loop, storage=folder, trackers=Trackers((), directory=folder, settings={}))
+    storage = Place(folder)
+    in_worker(
+        loop, storage=storage, folder=folder, trackers=Trackers((), directory=folder, settings={})
+    )
 
 
 def _note(folder: Path, step: int, groups: Any, _: Any) -> None:
@@ -85,7 +88,7 @@ def main() -> None:
     local = {} if address else {"num_cpus": 3, "object_store_memory": 100_000_000}
     ray.init(address=address, include_dashboard=None if address else False, **local)
     _, runtime = settings(Path(told["checkpoint"]), **told["runtime"])
-    trainer(worker, told, runtime=runtime, storage=Path(told["folder"])).fit()
+    trainer(worker, told, runtime=runtime, storage=Place(told["folder"])).fit()
 
 
 if __name__ == "__main__":
