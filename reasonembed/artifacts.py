@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,10 +39,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from reasonembed.config import fingerprint
-from reasonembed.errors import DriftError, QualityError, SchemaError, StorageError
-from reasonembed.keyset import AntiJoin, KeySet, KeySpool, NotIn, StatusCodes, mapped
+from reasonembed.errors import AccessError, DriftError, QualityError, SchemaError, StorageError
+from reasonembed.keyset import AntiJoin, KeySet, KeySpool, NotIn, StatusCodes, content_of, mapped
 from reasonembed.schemas import ARTIFACTS, Status, conform, stable_hash
-from reasonembed.storage import Place, explain_storage
+from reasonembed.shards import FOLDER as SHARDS
+from reasonembed.storage import Place, storage_error
 
 _KEY_SEPARATOR = "\x1f"
 _STAGE = "_stage.json"
@@ -107,7 +109,7 @@ class StageDirectory:
         """Claims the directory for `identity`, or checks that it already belongs to it.
 
         A directory that holds no result yet changes hands: a mistake in the configuration that
-        showed before anything was made costs nothing.
+        showed before anything was made costs nothing. Not where another shard may be at work.
 
         Args:
             identity: What decides the result, flat.
@@ -117,10 +119,16 @@ class StageDirectory:
             cure: What to do about another identity, for the message.
 
         Raises:
-            DriftError: It was made with another identity; the fields that differ are named.
+            DriftError: It was made with another identity; the fields that differ are named. Or it
+                holds rows and no identity, as a copy that was killed does.
             StorageError: The directory cannot be written.
         """
         stored = self.stage()
+        if stored is None and self._has_rows():
+            raise DriftError(
+                f"{self.uri} holds rows, but not whose they are; adopt them again, or discard this "
+                "stage with --from and --fresh"
+            )
         if stored is not None and may_change is not None:
             grown = {key: value for key, value in identity.items() if may_change(key)}
             kept = {key: value for key, value in stored.identity.items() if not may_change(key)}
@@ -143,8 +151,10 @@ class StageDirectory:
         return None if raw is None else _as(Stage, raw, str(self.place / _STAGE))
 
     def _is_empty(self) -> bool:
-        found = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
-        return all(info.base_name == _STAGE for info in found)
+        return all(child.name == _STAGE for child in self.place.children())
+
+    def _has_rows(self) -> bool:
+        return False
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the stage as done, with what is worth knowing about it (counts, figures)."""
@@ -173,17 +183,20 @@ class StageDirectory:
             if found:
                 self._fs.delete_dir(self._root)
         except OSError as error:
-            raise StorageError(explain_storage(self.uri, error, doing="delete")) from error
+            raise storage_error(self.uri, error, doing="delete") from error
 
     def _write(self, name: str, data: bytes) -> None:
         (self.place / name).write(data)
 
     def _record(self, name: str) -> dict[str, Any] | None:
-        """A JSON object; None where there is no such file."""
+        """A JSON object; None where there is no such file, or an empty one.
+
+        Some stores make an object before they fill it, so a kill leaves an empty one.
+        """
         file = self.place / name
         raw = file.read()
         try:
-            return None if raw is None else dict(json.loads(raw))
+            return dict(json.loads(raw)) if raw else None
         except ValueError as error:
             raise StorageError(
                 f"{file} is damaged ({error}); put it back, or discard this stage"
@@ -241,6 +254,9 @@ class Artifact(StageDirectory):
     def compact(self, *, beyond: int = 1) -> int:
         """Merges small parts into large ones; killed at any moment, it loses nothing.
 
+        For who holds the run alone: planned rows and half-written files that killed drivers have
+        left are deleted. A straggler may yet commit whole data that has no commit, so that stays.
+
         Not for artifacts to which something holds on by their parts: names that a writer counts
         up, digests in the identity of a later stage (`samples`, `corpus`).
 
@@ -253,6 +269,7 @@ class Artifact(StageDirectory):
         Raises:
             StorageError: As `read`, or the directory cannot be written.
         """
+        self._delete_leftovers()
         if len(self._listed("_commits")) <= beyond:
             return 0
         commits, merged = self.commits(), 0
@@ -265,8 +282,7 @@ class Artifact(StageDirectory):
 
     def _listed(self, folder: str) -> dict[str, int]:
         """Sizes of a folder's files by their names without the ending."""
-        selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
-        found = self._fs.get_file_info(selector)
+        found = (self.place / folder).files()
         return {info.base_name.rpartition(".")[0]: info.size for info in found}
 
     def _runs(self, commits: list[Commit]) -> Iterator[list[Commit]]:
@@ -320,6 +336,14 @@ class Artifact(StageDirectory):
         if held:
             yield pa.concat_tables(held)
 
+    def _delete_leftovers(self) -> None:
+        (self.place / TODO).delete()
+        if self.place.is_local:
+            for folder in ("data", "_commits"):
+                for child in (self.place / folder).children():
+                    if child.name.startswith(".tmp-"):
+                        child.delete()
+
     def _delete_replaced(self, commits: list[Commit]) -> None:
         replaced = {part for commit in commits for part in commit.replaces}
         # Records first: a reader that finds one gone looks again, and then at what replaces it.
@@ -328,7 +352,14 @@ class Artifact(StageDirectory):
                 (self.place / f"{folder}/{part}.{ending}").delete()
 
     def _is_empty(self) -> bool:
-        return not self.commits() and self.finished() is None
+        return (
+            not self._has_rows()
+            and self.finished() is None
+            and len((self.place / SHARDS).children()) < 2  # of which one is this driver's own
+        )
+
+    def _has_rows(self) -> bool:
+        return bool(self.commits())
 
     # ---- reading ----------------------------------------------------------------------------
 
@@ -342,8 +373,8 @@ class Artifact(StageDirectory):
 
     def _records(self) -> list[Commit] | None:
         """All records; None where one vanished while they were read."""
-        selector = pafs.FileSelector(f"{self._root}/_commits", allow_not_found=True)
-        names = [info.base_name for info in self._fs.get_file_info(selector)]
+        # An empty one is none, see `_record`.
+        names = [info.base_name for info in (self.place / "_commits").files() if info.size]
         names = [name for name in names if name.endswith(".json") and not name.startswith(".")]
         if self.place.is_local or len(names) < _READERS:
             found = [self._commit_named(name) for name in names]
@@ -440,7 +471,7 @@ class Artifact(StageDirectory):
             with pq.ParquetFile(path, filesystem=self._fs, page_checksum_verification=True) as file:
                 yield file
         except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(f"{path} is committed but cannot be read: {error}") from error
+            raise _unreadable(path, error) from error
 
     def parts(self) -> Iterator[pa.Table]:
         """The rows of `read`, one committed part after the other, for more than memory holds.
@@ -535,9 +566,7 @@ class Artifact(StageDirectory):
 
         Parts, their sizes and rows that have been replaced do not matter.
         """
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.read(columns=columns), sink)
-        return hashlib.blake2b(sink.getvalue(), digest_size=16).hexdigest()
+        return content_of(self.read(columns=columns))
 
     def _keys(self, table: pa.Table) -> list[str]:
         columns = [table.column(name).to_pylist() for name in self.key]
@@ -556,7 +585,7 @@ class Artifact(StageDirectory):
                 page_checksum_verification=True,
             )
         except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(f"{path} is committed but cannot be read: {error}") from error
+            raise _unreadable(path, error) from error
         if only is not None:
             return table
         if table.num_rows != commit.rows:
@@ -623,6 +652,14 @@ def _failed(artifact: Artifact) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def _unreadable(path: str, error: OSError | pa.ArrowInvalid) -> StorageError:
+    if isinstance(error, OSError):
+        explained = storage_error(path, error, doing="read")
+        if isinstance(explained, AccessError):
+            return explained
+    return StorageError(f"{path} is committed but cannot be read: {error}")
+
+
 def _digest_keys(keys: list[str]) -> str:
     return stable_hash(*sorted(keys), size=16)
 
@@ -651,7 +688,7 @@ def link_tree(source: Path, target: Path) -> None:
     Raises:
         StorageError: A file cannot be linked (another file system) or the folder not written.
     """
-    scratch = target.with_name(f".{target.name}-{os.getpid()}")
+    scratch = target.with_name(f".{target.name}-{uuid.uuid4().hex[:12]}")
     try:
         shutil.copytree(source, scratch, copy_function=os.link, ignore=_unfinished)
         scratch.rename(target)
@@ -706,7 +743,7 @@ def _flock(file: Path, kind: int) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = file.open("a+")
     except OSError as error:
-        raise StorageError(explain_storage(str(file.parent), error)) from error
+        raise storage_error(str(file.parent), error) from error
     with handle:
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
@@ -714,8 +751,11 @@ def _flock(file: Path, kind: int) -> Iterator[None]:
             handle.seek(0)
             who = handle.read().strip() or "another driver"
             raise StorageError(f"{file.parent} is in use by {who}; wait or stop it") from error
+        except OSError as error:
+            raise storage_error(str(file.parent), error, doing="lock") from error
         handle.truncate(0)
-        handle.write(_myself())
+        # Of many that share a lock, the last to come may be the first to go.
+        handle.write(_myself() if kind == fcntl.LOCK_EX else "another driver, for a shard")
         handle.flush()
         yield
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from reasonembed.artifacts import TODO, equal_blocks
 from reasonembed.errors import StorageError
 from reasonembed.keyset import AntiJoin, slices
 from reasonembed.schemas import stable_hash
-from reasonembed.storage import Place, explain_storage
+from reasonembed.storage import Place, storage_error
 
 _FILE_BLOCKS = 1_000
 _FILE_BYTES = 64 * 2**20
@@ -91,7 +92,7 @@ def write_blocks(
         owner: Names the driver, the same when it starts again; others' blocks are left alone.
 
     Raises:
-        StorageError: They cannot be written.
+        StorageError: They cannot be written; or what `planned` raises.
     """
     mine, todo = stable_hash(owner), folder / TODO
     for stale in todo.children():
@@ -102,10 +103,9 @@ def write_blocks(
         for block in _cut(writer.kept(_tables(planned), keep), rows, cut or equal_blocks):
             writer.add(block)
         return writer.finish()
-    except OSError as error:
-        raise StorageError(explain_storage(str(todo), error)) from error
-    finally:
-        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 class _Writer:
@@ -121,14 +121,22 @@ class _Writer:
             yield keep(table)
 
     def add(self, block: pa.Table) -> None:
-        if self._sink is None or self._file is None:
-            self._sink = self._opened()
-            self._file = pa.ipc.new_file(self._sink, block.schema)
-        self._file.write_table(block.combine_chunks())
-        self._count, self._rows = self._count + 1, self._rows + block.num_rows
-        if self._count - self._starts[-1] == _FILE_BLOCKS or self._sink.tell() > _FILE_BYTES:
-            self.close()
-            self._starts.append(self._count)
+        with self._explained():
+            if self._sink is None or self._file is None:
+                self._sink = self._opened()
+                self._file = pa.ipc.new_file(self._sink, block.schema)
+            self._file.write_table(block.combine_chunks())
+            self._count, self._rows = self._count + 1, self._rows + block.num_rows
+            if self._count - self._starts[-1] == _FILE_BLOCKS or self._sink.tell() > _FILE_BYTES:
+                self._close()
+                self._starts.append(self._count)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(str(self._place.parent), error) from error
 
     def _opened(self) -> pa.NativeFile:
         place = self._place / _name(len(self._starts) - 1)
@@ -136,14 +144,20 @@ class _Writer:
             place.local.parent.mkdir(parents=True, exist_ok=True)
         return place.fs.open_output_stream(place.path)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         if self._sink is not None and self._file is not None:
             self._file.close()
             self._sink.close()
         self._sink = self._file = None
 
+    def abandon(self) -> None:
+        """After an error, which is the one to be seen."""
+        with suppress(OSError):
+            self._close()
+
     def finish(self) -> Blocks:
-        self.close()
+        with self._explained():
+            self._close()
         if self._starts[-1] < self._count:
             self._starts.append(self._count)
         return Blocks(self._place, tuple(self._starts), self._planned, self._rows)

@@ -6,8 +6,10 @@ stored for another process to read.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -87,6 +89,49 @@ def _absorb_texts(lanes: list[Words], texts: pa.LargeStringArray) -> list[Words]
         for lane, new in zip(lanes, _absorb([lane[rows] for lane in lanes], piece), strict=True):
             lane[rows] = new
     return _absorb(lanes, lengths.astype(np.uint64))
+
+
+def content_of(table: pa.Table) -> str:
+    """Hash of a table's rows and column names; how they are stored, or cut, does not matter."""
+    streams: defaultdict[str, hashlib.blake2b] = defaultdict(
+        lambda: hashlib.blake2b(digest_size=16)
+    )
+    for name in table.column_names:
+        streams[f"{name} valid"]  # also of a table without rows
+        for chunk in table.column(name).chunks:
+            _feed(streams, name, chunk)
+    total = hashlib.blake2b(digest_size=16)
+    for path, stream in sorted(streams.items()):
+        total.update(repr((path, stream.hexdigest())).encode())
+    return total.hexdigest()
+
+
+def _feed(streams: Mapping[str, hashlib.blake2b], path: str, array: pa.Array) -> None:
+    """Values, lengths and nulls in a stream each, so that it can be cut anywhere."""
+    streams[f"{path} valid"].update(_bytes(array.is_valid()))
+    if pa.types.is_struct(array.type):
+        for number, child in enumerate(array.flatten()):
+            _feed(streams, f"{path}.{array.type.field(number).name}", child)
+    elif pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        streams[f"{path} length"].update(_bytes(pc.list_value_length(array).cast(pa.int64())))
+        _feed(streams, f"{path}[]", array.flatten())
+    elif pa.types.is_string(array.type):
+        streams[f"{path} length"].update(_bytes(pc.binary_length(array)))
+        whole = array.drop_null()
+        _, offsets, data = whole.buffers()
+        if len(whole) and data is not None:
+            ends = np.frombuffer(offsets, np.int32)[whole.offset : whole.offset + len(whole) + 1]
+            streams[path].update(memoryview(data)[int(ends[0]) : int(ends[-1])])
+    else:
+        streams[path].update(_bytes(array))
+
+
+def _bytes(array: pa.Array) -> bytes:
+    if array.null_count:  # what lies below a null is anything
+        array = array.fill_null(False if pa.types.is_boolean(array.type) else 0)
+    found = array.to_numpy(zero_copy_only=False)
+    assert found.dtype != object, f"no bytes of {array.type}"
+    return bytes(found.tobytes())
 
 
 class KeySpool:

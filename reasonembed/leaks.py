@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reasonembed.errors import ConfigError
+from reasonembed.storage import KEY_IN_QUERY
 
 _VALUES = re.compile(
     r"""
@@ -24,7 +25,8 @@ _VALUES = re.compile(
     | \bBearer\s+[A-Za-z0-9._~+/-]{20,}
     | \beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.
     | ://[^/\s:@]*:[^/\s@]+@            # a password in an address
-    """,
+    | """
+    + KEY_IN_QUERY,
     re.VERBOSE,
 )
 _NAMES = re.compile(

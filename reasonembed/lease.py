@@ -261,7 +261,13 @@ def _claim(raw: bytes, name: str) -> Claim:
         # Another version of this software may say more, and holds the run all the same.
         told = {key: value for key, value in json.loads(raw).items() if key in _FIELDS}
         return Claim(**told)
-    return Claim(id=name.removesuffix(".json"), owner="somebody", host="?", machine="", pid=0)
+    return Claim(
+        id=name.removesuffix(".json"),
+        owner="somebody",
+        host="an unknown machine",
+        machine="",
+        pid=0,
+    )
 
 
 def drivers_of(run: Place) -> list[Seen]:

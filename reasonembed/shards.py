@@ -18,7 +18,7 @@ import pyarrow as pa
 from reasonembed.errors import ConfigError
 from reasonembed.storage import Place
 
-_FOLDER = "_shards"
+FOLDER = "_shards"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ShardRecords:
     """
 
     def __init__(self, artifact: Place) -> None:
-        self._folder = artifact / _FOLDER
+        self._folder = artifact / FOLDER
 
     def begin(self, shard: Shard) -> dict[Shard, bool | None]:
         """Notes that a shard is wanted; what is known of other numbers of shards is forgotten.
@@ -92,12 +92,13 @@ class ShardRecords:
             What was known before of those that this changes, for `restore`.
         """
         before: dict[Shard, bool | None] = {shard: None}
-        for place, noted, ended in list(self._all()):
+        known = list(self._all())
+        self._note(shard, ended=False)  # first: without any record the stage would pass for whole
+        for place, noted, ended in known:
             if noted.of != shard.of:
                 place.delete()
             if noted.of != shard.of or noted == shard:
                 before[noted] = ended
-        self._note(shard, ended=False)
         return before
 
     def restore(self, before: dict[Shard, bool | None]) -> None:
@@ -122,7 +123,7 @@ class ShardRecords:
         if not noted:
             return []
         count = max(shard.of for shard, _ in noted)
-        ended = {shard.index for shard, has_ended in noted if has_ended}
+        ended = {shard.index for shard, has_ended in noted if has_ended and shard.of == count}
         return [Shard(index, count) for index in range(1, count + 1) if index not in ended]
 
     def exist(self) -> bool:

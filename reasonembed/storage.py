@@ -28,6 +28,7 @@ from reasonembed.errors import AccessError, StorageError
 
 _CHUNK = 2**22
 _AT_ONCE = 16  # requests for small objects; each waits for most of its time
+KEY_IN_QUERY = r"[?&](?i:sig|[\w.-]*(secret|password|token|_key))=[^&\s]"
 _UNQUOTED = "/=+,:@~!$&'()*"
 
 
@@ -43,6 +44,7 @@ class Place:
 
     Raises:
         AccessError: `pyarrow.fs` does not know such a location, or a key stands in it.
+        StorageError: The store cannot be asked where it lies.
     """
 
     fs: pafs.FileSystem
@@ -260,7 +262,7 @@ class Place:
         Raises:
             StorageError: It cannot be read, or not be written there.
         """
-        scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
         kind = self.info().type
         if kind == pafs.FileType.NotFound:
             _remove(target)
@@ -287,10 +289,10 @@ class Place:
         Raises:
             StorageError: It cannot be read or written.
         """
-        last = "_stage.json"
+        last, waiting = "_stage.json", "_todo"
         try:
             for child in sorted(self.children(), key=lambda child: child.name == last):
-                if not child.name.startswith("."):
+                if not child.name.startswith(".") and child.name != waiting:
                     _copy(child.fs, child.path, target.fs, f"{target.path}/{child.name}")
         except OSError as error:
             raise storage_error(target.uri, error) from error
@@ -368,13 +370,16 @@ def check_uri(uri: str) -> None:
             f"{uri} is not a storage location that pyarrow.fs knows; give a folder, or one of "
             f"{', '.join(f'{scheme}://' for scheme in _SCHEMES)}"
         )
-    if parts.password is not None or (parts.scheme == "s3" and parts.username):
-        shown = uri.replace(parts.netloc, parts.netloc.rpartition("@")[2])
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    is_named = parts.password is not None or (parts.scheme == "s3" and parts.username)
+    if is_named or re.search(KEY_IN_QUERY, f"?{unquote(parts.query)}"):
         raise AccessError(
             f"{shown}: a key stands in this address, and would be written down with the "
             "configuration; take it out and give it by the environment (AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY, or a role) of every machine"
+            "AWS_SECRET_ACCESS_KEY, AZURE_CLIENT_SECRET, or a role) of every machine"
         )
+    if "#" in uri:  # what follows would be lost
+        raise AccessError(f"{shown}: an address ends at its #; write it as %23")
 
 
 _SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file", "mock")
@@ -419,7 +424,9 @@ def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, top = _connect(root + (f"?{query}" if query else ""))
         # Only pyarrow knows what of an address is the path; it asks nobody for that.
         path = pafs.FileSystem.from_uri(uri)[1] if parts.scheme not in ("s3", "mock") else ""
-    except (pa.ArrowInvalid, OSError) as error:
+    except OSError as error:  # the store was asked for its region
+        raise storage_error(uri, error, doing="read") from error
+    except pa.ArrowInvalid as error:
         raise AccessError(
             f"{uri} is not a storage location that pyarrow.fs knows: {error}; see the URIs in its "
             "documentation"
@@ -437,9 +444,17 @@ def _connect(root: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _copy(source_fs: pafs.FileSystem, source: str, target_fs: pafs.FileSystem, target: str) -> None:
-    if isinstance(target_fs, pafs.LocalFileSystem):
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-    pafs.copy_files(source, target, source_filesystem=source_fs, destination_filesystem=target_fs)
+    def copy() -> None:
+        pafs.copy_files(
+            source, target, source_filesystem=source_fs, destination_filesystem=target_fs
+        )
+
+    try:
+        copy()
+    except FileNotFoundError:  # the target has folders
+        is_folder = source_fs.get_file_info(source).type == pafs.FileType.Directory
+        target_fs.create_dir(target if is_folder else target.rpartition("/")[0], recursive=True)
+        copy()
 
 
 def _remove(path: Path) -> None:
@@ -450,7 +465,8 @@ def _remove(path: Path) -> None:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    # Pods that share a disk may share a process number, and threads do.
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
@@ -521,8 +537,3 @@ def storage_error(path: str, error: OSError, *, doing: str = "write") -> Storage
         if re.search(pattern, said):
             return kind(f"{start}{cure.format(doing=doing)} ({said})")
     return StorageError(start + said)
-
-
-def explain_storage(path: str, error: OSError, *, doing: str = "write") -> str:
-    """Why a place cannot be used, and what to do."""
-    return str(storage_error(path, error, doing=doing))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import reasonembed.artifacts as artifacts_module
 import reasonembed.keyset as keyset_module
 import reasonembed.storage as storage_module
 from reasonembed.artifacts import (
+    TODO,
     Artifact,
     StageDirectory,
     differences,
@@ -29,9 +31,10 @@ from reasonembed.artifacts import (
     locked,
 )
 from reasonembed.config import fingerprint
-from reasonembed.errors import DriftError, SchemaError, StorageError
-from reasonembed.keyset import ENTRY, Digests, KeySet, digests
+from reasonembed.errors import DriftError, SchemaError, StorageError, explain
+from reasonembed.keyset import ENTRY, Digests, KeySet, content_of, digests
 from reasonembed.schemas import REWRITES, embeddings, from_rows
+from reasonembed.shards import Shard, ShardRecords
 from reasonembed.storage import Place, append_json_line, json_lines
 
 STATUSES = {"q1": "ok", "q2": "error", "q3": "truncated"}
@@ -216,6 +219,19 @@ class TestCommits:
         assert artifact.read() == whole
         assert artifact.read().column("rewritten_query").num_chunks == 4
 
+    def test_content_does_not_know_of_files_and_chunks(self, artifact, monkeypatch):
+        """A file names the version of the library that wrote it."""
+        artifact.commit("p1", rows({"q1": "ok", "q3": "error"}, text="x" * 100))
+        artifact.commit("p2", ok("q2", "q4", text="yé" * 50))
+        before = artifact.content()
+        monkeypatch.setattr(artifacts_module, "_BLOCK_BYTES", 150)
+        assert artifact.read().column("status").num_chunks > 1
+        assert artifact.content() == before
+        write = pq.write_table
+        monkeypatch.setattr(pq, "write_table", lambda *args, **more: write(
+            *args, **more | {"compression": "none"}))  # fmt: skip
+        assert artifact.content() == before
+
     def test_content_follows_the_rows(self, artifact):
         artifact.commit("p1", ok("q1"))
         before = artifact.content()
@@ -353,6 +369,22 @@ class TestIdentity:
             with pytest.raises(DriftError):
                 output.begin(IDENTITY)
 
+    def test_where_two_shards_have_begun_it_does_not_change_hands(self, artifact):
+        shards = ShardRecords(artifact.place)
+        shards.begin(Shard(1, 2))
+        artifact.begin(IDENTITY)
+        artifact.begin({"another": 1})  # alone
+        shards.begin(Shard(2, 2))
+        with pytest.raises(DriftError, match="another: made with 1"):
+            artifact.begin(IDENTITY)
+        artifact.begin({"another": 1})
+
+    def test_rows_without_an_identity_belong_to_nobody(self, artifact):
+        artifact.commit("p1", ok("q1"))
+        with pytest.raises(DriftError, match="holds rows, but not whose they are"):
+            artifact.begin(IDENTITY)
+        assert artifact.stage() is None
+
     def test_what_may_change_is_noted_and_the_rows_stay(self, artifact):
         artifact.begin({"input.a": 1, "b": 2})
         artifact.commit("p1", ok("q1"))
@@ -453,6 +485,46 @@ class TestStorage:
             (artifact_path(artifact) / folder / ".tmp-p2.json").write_bytes(b"half")
         assert artifact.read() == ok("q1")
 
+    def test_an_empty_record_is_none(self, artifact):
+        """As a kill leaves it where a store makes an object before it fills it."""
+        artifact.commit("p1", ok("q1"))
+        for name in ("_commits/p2.json", "_stage.json", "_done.json"):
+            (artifact.place / name).write(b"")
+        assert [commit.part for commit in artifact.commits()] == ["p1"]
+        assert artifact.committed("p2") is artifact.stage() is artifact.finished() is None
+        artifact.commit("p2", ok("q2"))
+        assert artifact.keys() == {"q1", "q2"}
+
+    @pytest.mark.parametrize(
+        ("said", "code"), [("AWS Error SLOW_DOWN", 75), ("AWS Error EXPIRED_TOKEN", 2)]
+    )
+    def test_a_store_that_fails_is_explained_wherever_it_is_asked(
+        self, tmp_path, monkeypatch, said, code
+    ):
+        artifact = Artifact.declared(tmp_path / "rewrites", "rewrites")
+        artifact.begin(IDENTITY)
+        artifact.commit("p1", ok("q1"))
+
+        def fail(*_, **__):
+            raise OSError(said)
+
+        reads = [artifact.read, lambda: list(artifact.rows())]
+        with monkeypatch.context() as patch:
+            patch.setattr(pq, "read_table", fail)
+            patch.setattr(pq, "ParquetFile", fail)
+            for attempt in reads:
+                with pytest.raises(StorageError, match=said) as found:
+                    attempt()
+                assert explain(found.value)[1] == code
+        artifact.place.fs = FailingListing(artifact.place.fs, said)
+        directory = StageDirectory(tmp_path / "rewrites", name="train")
+        directory.place.fs = artifact.place.fs
+        asks = [*reads, artifact.commits, artifact.compact]
+        for attempt in [*asks, lambda: directory.begin({"another": 1})]:
+            with pytest.raises(StorageError, match=said) as found:
+                attempt()
+            assert explain(found.value)[1] == code
+
     def test_a_file_uri_is_a_local_path(self, tmp_path):
         by_uri = Artifact.declared(f"file://{tmp_path}/rewrites", "rewrites")
         by_uri.begin({"a": 1})
@@ -531,6 +603,80 @@ class TestJsonLines:
         assert json_lines(log) == [{"step": 1}, {"step": 3, "detail": "a\u2028b"}]
 
 
+CELLS = pa.struct([("a", pa.string()), ("b", pa.float32())])
+CONTENT = pa.schema(
+    [
+        ("text", pa.string()),
+        ("texts", pa.list_(pa.string())),
+        ("number", pa.int8()),
+        ("yes", pa.bool_()),
+        ("half", pa.float16()),
+        ("vector", pa.list_(pa.float32(), 2)),
+        ("cells", pa.list_(CELLS)),
+        ("cell", CELLS),
+    ]
+)
+_text = st.none() | st.text(max_size=4)
+_cell = st.fixed_dictionaries({"a": _text, "b": st.sampled_from([None, 0.0, 1.5])})
+_rows = st.fixed_dictionaries(
+    {
+        "text": _text,
+        "texts": st.none() | st.lists(_text, max_size=3),
+        "number": st.none() | st.integers(-3, 3),
+        "yes": st.none() | st.booleans(),
+        "half": st.sampled_from([None, np.float16(0), np.float16(2)]),
+        "vector": st.sampled_from([None, [0.0, 1.0], [1.0, 0.0]]),
+        "cells": st.none() | st.lists(st.none() | _cell, max_size=3),
+        "cell": st.none() | _cell,
+    }
+)
+
+
+@settings(max_examples=300)
+@given(one=st.lists(_rows, max_size=6), other=st.lists(_rows, max_size=6), cuts=st.data())
+def test_content_is_the_same_exactly_where_the_rows_are(one, other, cuts):
+    first, second = (pa.Table.from_pylist(rows, schema=CONTENT) for rows in (one, other))
+    assert (content_of(first) == content_of(second)) is (one == other)
+    places = sorted(cuts.draw(st.lists(st.integers(0, len(one)), max_size=3)))
+    edges = [0, *places, len(one)]
+    pieces = [first.slice(a, b - a) for a, b in pairwise(edges)]
+    assert content_of(pa.concat_tables(pieces)) == content_of(first)
+    doubled = pa.concat_tables([second, first]).combine_chunks().slice(len(other))
+    assert content_of(doubled) == content_of(first)  # offsets within shared buffers
+    for number in range(len(one)):
+        if one[number] != one[0]:
+            swapped = [one[number], *one[1:number], one[0], *one[number + 1 :]]
+            assert content_of(pa.Table.from_pylist(swapped, schema=CONTENT)) != content_of(first)
+
+
+def test_content_does_not_know_what_lies_below_a_null():
+    numbers = pa.array([1, 2, 3], pa.int8())
+    mask = pa.array([False, True, False])
+    _, values = numbers.buffers()
+    bits = pa.py_buffer(bytes([0b101]))
+    hidden = pa.Array.from_buffers(pa.int8(), 3, [bits, values])
+    clean = pc.if_else(mask, None, numbers)
+    assert content_of(pa.table({"n": hidden})) == content_of(pa.table({"n": clean}))
+    offsets, data = pa.array(["a", "b", "c"]).buffers()[1:]
+    texts = pa.Array.from_buffers(pa.string(), 3, [bits, offsets, data])
+    assert content_of(pa.table({"t": texts})) == content_of(pa.table({"t": ["a", None, "c"]}))
+
+
+class FailingListing:
+    """A file system whose listings fail."""
+
+    def __init__(self, inner, said):
+        self._inner, self._said = inner, said
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def get_file_info(self, asked):
+        if isinstance(asked, pafs.FileSelector):
+            raise OSError(self._said)
+        return self._inner.get_file_info(asked)
+
+
 class TestLock:
     HOLDER = (
         "import sys, time, pathlib\n"
@@ -562,6 +708,14 @@ class TestLock:
             pytest.raises(StorageError, match="a part of this path is a file"),
             locked(tmp_path / "run"),
         ):
+            pass
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        def fail(*_):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr("fcntl.flock", fail)
+        with pytest.raises(StorageError, match=r"cannot lock .*No locks"), locked(tmp_path):
             pass
 
     def test_a_killed_process_lets_go(self, tmp_path):
@@ -871,6 +1025,17 @@ class TestCompaction:
         assert [len(list((artifact_path(artifact) / one).iterdir())) for one in
                 ("data", "_commits")] == [1, 1]  # fmt: skip
 
+    def test_what_killed_drivers_have_left_goes_and_what_may_yet_be_committed_stays(self, artifact):
+        artifact.commit("p1", ok("q1"))
+        folder = artifact_path(artifact)
+        (folder / "data" / ".tmp-p2.parquet-1").write_bytes(b"half")
+        (folder / "data" / "p2.parquet").write_bytes((folder / "data" / "p1.parquet").read_bytes())
+        (folder / TODO / "shard").mkdir(parents=True)
+        artifact.compact()
+        assert {one.name for one in folder.rglob("*")} == {
+            "data", "_commits", "p1.parquet", "p2.parquet", "p1.json"
+        }  # fmt: skip
+
     def test_parts_have_a_size_and_later_ones_are_merged_in_turn(self, artifact, monkeypatch):
         artifact = committed(artifact.uri, parts=8)
         monkeypatch.setattr(artifacts_module, "_MERGED_ROWS", 6)
@@ -905,7 +1070,7 @@ class TestCompaction:
                 assert len(artifact.commits()) == 1
             assert set(artifact.read()["query_id"].to_pylist()) >= {"q0", "q6", "new"}
             step += 1
-        assert step == 2 + 2 * 6
+        assert step == 1 + 2 + 2 * 6
 
     def test_a_straggler_of_a_part_that_is_gone_stays_hidden(self, artifact):
         artifact = committed(artifact.uri)

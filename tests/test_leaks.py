@@ -10,6 +10,8 @@ SECRETS = [
     "AKIA" + "ABCDEFGH12345678",
     "ghp_" + "x" * 36,
     "https://user:hunter2@host/v1",
+    "abfs://container@host/run?client_id=a&client_secret=hunter2",
+    "https://host/run?sv=2&sig=hunter2",
     "-----BEGIN RSA PRIVATE KEY-----",
     "Bearer " + "abcdef0123456789" * 2,
 ]

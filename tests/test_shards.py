@@ -1,4 +1,5 @@
 import os
+from contextlib import suppress
 
 import pyarrow as pa
 import pytest
@@ -56,20 +57,60 @@ def test_records_know_what_is_missing(tmp_path):
     assert records.missing() == []
 
 
+@pytest.mark.parametrize("was_ended", [True, False])
+@pytest.mark.parametrize(("old", "new"), [(Shard(1, 3), Shard(1, 2)), (Shard(1, 2), Shard(1, 3))])
+def test_killed_while_it_is_cut_anew_a_stage_does_not_pass_for_whole(
+    tmp_path, monkeypatch, old, new, was_ended
+):
+    class Killed(BaseException):
+        pass
+
+    def killing(act, steps):
+        def counted(place, *arguments):
+            if next(steps, None) is None:
+                raise Killed
+            act(place, *arguments)
+
+        return counted
+
+    for left in range(5):
+        records = ShardRecords(Place(tmp_path / str(left)))
+        for index in range(1, old.of + 1):
+            records.begin(Shard(index, old.of))
+            if was_ended or index == 1:
+                records.end(Shard(index, old.of))
+        was_missing, steps = records.missing(), iter(range(left))
+        with monkeypatch.context() as patch:
+            for name in ("write", "delete"):
+                patch.setattr(Place, name, killing(getattr(Place, name), steps))
+            with suppress(Killed):
+                records.begin(new)
+        assert records.missing() or not was_missing, left
+
+
+def test_shards_of_one_number_say_nothing_of_another(tmp_path):
+    records = ShardRecords(Place(tmp_path / "queries"))
+    for shard in (Shard(1, 2), Shard(2, 2), Shard(3, 3)):
+        records.end(shard)
+    assert records.missing() == [Shard(1, 3), Shard(2, 3)]
+
+
 def test_shards_lock_out_the_whole_and_what_shares_rows(tmp_path):
-    def refused(holder):
-        who = f"in use by another driver .*process {os.getpid()}"
-        with pytest.raises(StorageError, match=who), holder:
+    one = f"another driver .*process {os.getpid()}"
+
+    def refused(holder, *, who):
+        with pytest.raises(StorageError, match=f"in use by {who}"), holder:
             pass
 
     with locked_part(tmp_path, "generate 1/2"), locked_part(tmp_path, "generate 2/2"):
-        refused(locked_part(tmp_path, "generate 1/2"))
-        refused(locked_part(tmp_path, "generate 1/3"))
-        refused(locked(tmp_path))
+        refused(locked_part(tmp_path, "generate 1/2"), who=one)
+        # Who of those that share it came last may have gone first.
+        refused(locked_part(tmp_path, "generate 1/3"), who="another driver, for a shard;")
+        refused(locked(tmp_path), who="another driver, for a shard;")
         with locked_part(tmp_path, "rewrite 1/3"):
             pass
     with locked(tmp_path):
-        refused(locked_part(tmp_path, "generate 1/2"))
+        refused(locked_part(tmp_path, "generate 1/2"), who=one)
     with locked(tmp_path):
         pass
 
@@ -86,3 +127,4 @@ def test_claims_of_shards_exclude_what_shares_rows():
     assert exclude("generate 1/2", "generate 1/2") and exclude("generate 1/2", "generate 2/3")
     assert not exclude("generate 1/2", "generate 2/2")
     assert not exclude("generate 1/2", "rewrite 1/2")
+    assert exclude("generate 1/2", "of another version")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from reasonembed.config import EndpointRetriever
 from reasonembed.errors import ModelError
+from reasonembed.storage import Place
 
 # With the client's own growing pauses or those that `Retry-After` asks for, on 408, 409, 429, 5xx
 # and lost connections.
@@ -219,7 +218,7 @@ class EndpointEmbedder:
         return ModelError(f"embedding endpoint {self._base_url} ({self._config.model}): {reason}")
 
 
-def check_same_model(embedder: EndpointEmbedder, folder: Path, *, address: str) -> None:
+def check_same_model(embedder: EndpointEmbedder, folder: Place, *, address: str) -> None:
     """Makes sure that a server gives the vectors that lie in a folder, as one text tells.
 
     Nobody sees the weights behind an address, so the first server's vector of a fixed text is kept
@@ -232,11 +231,12 @@ def check_same_model(embedder: EndpointEmbedder, folder: Path, *, address: str) 
 
     Raises:
         ModelError: The server cannot be asked, or gives clearly another vector.
+        StorageError: The folder cannot be read or written.
     """
     file, own_D = folder / PROBE_FILE, embedder.encode_documents([_PROBE])[0]
     kept = {"text": _PROBE, "vector": own_D.tolist(), "addresses": []}
-    if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
+    if raw := file.read():
+        kept = json.loads(raw)
     kept_D = np.array(kept["vector"], np.float32)
     cosine = float(own_D @ kept_D / np.linalg.norm(own_D) / np.linalg.norm(kept_D))
     if cosine < _SAME_MODEL:
@@ -247,16 +247,13 @@ def check_same_model(embedder: EndpointEmbedder, folder: Path, *, address: str) 
         )
     if address not in kept["addresses"]:
         kept["addresses"].append(address)
-        scratch = folder / f".{PROBE_FILE}-{os.getpid()}"
-        scratch.write_text(json.dumps(kept), encoding="utf-8")
-        scratch.replace(file)
+        file.write(json.dumps(kept).encode())
 
 
-def addresses_of(folder: Path) -> list[str]:
+def addresses_of(folder: Place) -> list[str]:
     """The servers that gave the vectors in a folder; see `check_same_model`."""
-    file = folder / PROBE_FILE
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"addresses": []}
-    return list(kept["addresses"])
+    raw = (folder / PROBE_FILE).read()
+    return list(json.loads(raw)["addresses"]) if raw else []
 
 
 def _is_length(status: int | None, said: str) -> bool:

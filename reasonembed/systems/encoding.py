@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +68,7 @@ class OpenEmbedder:
             asking = EndpointEmbedder(
                 self.encoder, base_url=self.address, api_key=key, timeout_s=timeout_s
             )
-            check_same_model(asking, Path(self.artifact.uri), address=self.address)
+            check_same_model(asking, self.artifact.place, address=self.address)
             return asking
         from reasonembed.embedder.encode import Embedder  # torch, seconds to load
 

@@ -203,7 +203,7 @@ def endpoint_notes(system: SystemConfig, asked: Asked) -> dict[str, Any]:
     for name, part in parts_of(system).items():
         if isinstance(part, EndpointRetriever):
             artifact = _vectors(part, asked.workspace)
-            addresses[name] = addresses_of(Path(artifact.uri))
+            addresses[name] = addresses_of(artifact.place)
             cut = {
                 one
                 for _, _, rows in artifact.row_groups(columns=["id", "is_cut"])

@@ -7,8 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from reasonembed.config import EndpointRetriever
-from reasonembed.embedder.endpoint import EndpointEmbedder
+from reasonembed.embedder.endpoint import EndpointEmbedder, addresses_of, check_same_model
 from reasonembed.errors import ModelError
+from reasonembed.storage import Place
 from tests.llm.chat_server import Reply, serving
 
 CONFIG = EndpointRetriever(kind="endpoint", model="m", dimension=2)
@@ -241,3 +242,21 @@ def test_a_server_that_is_not_there_is_an_error():
         EndpointEmbedder(CONFIG, base_url="http://127.0.0.1:9/v1", max_retries=0).encode_documents(
             ["a"]
         )
+
+
+@pytest.mark.parametrize("where", ["disk", "store"])
+def test_the_model_behind_an_address_is_known_by_one_text(tmp_path, where):
+    class Server:
+        def __init__(self, *vector):
+            self.vector_D = np.array(vector, np.float32)
+
+        def encode_documents(self, texts):
+            return np.stack([self.vector_D for _ in texts])
+
+    folder = Place(tmp_path if where == "disk" else "mock:///run/vectors")
+    assert addresses_of(folder) == []
+    for address in ("http://a", "http://b", "http://a"):
+        check_same_model(Server(1, 0), folder, address=address)
+    assert addresses_of(folder) == ["http://a", "http://b"]
+    with pytest.raises(ModelError, match=r"http://c is not the model .*made by http://a, http://b"):
+        check_same_model(Server(0, 1), folder, address="http://c")

@@ -1,5 +1,7 @@
 """Planned rows through storage and a pool: blocks, replays, and what a driver leaves behind."""
 
+import errno
+import io
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,7 +14,7 @@ from ray_jobs.ledger import Worker, numbers_for_calls, run_planned
 from reasonembed.artifacts import TODO, Artifact
 from reasonembed.blocks import write_blocks
 from reasonembed.config import PoolConfig
-from reasonembed.errors import QualityError, explain
+from reasonembed.errors import QualityError, StorageError, explain
 from reasonembed.progress import Reporter
 from reasonembed.remixer.annotate import PAIRS, query_blocks
 from reasonembed.storage import Place
@@ -137,6 +139,39 @@ def test_a_repeated_block_finds_its_commit(tmp_path):
     assert len(out.commits()) == 2 and noted == [("x", 3)] * 2
 
 
+def test_who_ends_late_replaces_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_jobs.ledger.on_this_node", lambda make: make)
+    out, numbers = artifact(tmp_path / "pairs"), pa.table({"blocks": [[0]]})
+    blocks = write_blocks(out.place, pairs([1]), keep=lambda table: table, rows=3)
+
+    def straggler(block):  # its block is repeated elsewhere before it ends
+        Worker(make=Maps(tmp_path / "log"), blocks=blocks, artifact=out, label="x")(numbers)
+        return Maps(tmp_path / "log", status="error").map(block)
+
+    late = Worker(make=lambda: straggler, blocks=blocks, artifact=out, label="x")(numbers)
+    assert out.statuses() == {"ok": 3} and late["rows"].to_pylist() == [3]
+
+
+def test_only_what_cannot_be_written_is_told_as_such(tmp_path, monkeypatch):
+    def unreadable():
+        yield pairs([1])
+        raise StorageError("cannot read seeds")
+
+    with pytest.raises(StorageError, match=r"^cannot read seeds$"):
+        write_blocks(Place(tmp_path), unreadable(), keep=lambda table: table, rows=1)
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 1_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    opened = "reasonembed.blocks._Writer._opened"
+    monkeypatch.setattr(opened, lambda self: pa.PythonFile(Full(), mode="w"))
+    with pytest.raises(StorageError, match=r"cannot write .*_todo: the disk is full"):
+        write_blocks(Place(tmp_path), pairs(range(99)), keep=lambda table: table, rows=9)
+
+
 @pytest.mark.timeout(240)
 def test_a_pool_commits_what_is_missing(tmp_path, cluster):
     log, out = tmp_path / "log", artifact(tmp_path / "pairs")
@@ -145,7 +180,7 @@ def test_a_pool_commits_what_is_missing(tmp_path, cluster):
     # An actor that dies takes the blocks with it that it had begun, and no others.
     poisoned = Maps(log, poison=("q1", "q4"))
     assert run_planned(driver, plan, out, poisoned, pool, label="x", cut=query_blocks) == 24
-    assert out.missing(plan).num_rows == 0 and not list((tmp_path / "pairs" / TODO).iterdir())
+    assert out.missing(plan).num_rows == 0 and not (tmp_path / "pairs" / TODO).exists()
     assert sum(commit.rows for commit in out.commits()) == 24
     again = [key for key, count in computed(log).items() if count > 1]
     assert {key.partition("|")[0] for key in again} == {"q1", "q4"}

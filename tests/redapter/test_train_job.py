@@ -39,9 +39,7 @@ def test_a_checkpoint_is_registered_before_trackers_are_asked(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("until", "saved"), [(1_003.0, [3]), (1_004.0, []), (math.inf, [])])
-def test_a_training_ends_by_a_checkpoint_when_its_time_is_over(
-    tmp_path, monkeypatch, until, saved
-):
+def test_a_training_ends_by_a_checkpoint_when_its_time_is_over(tmp_path, monkeypatch, until, saved):
     """A clock second a step, four of them; the last one needs no other end."""
     clock, registered, closed = iter(range(1_001, 1_009)), [], []
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
