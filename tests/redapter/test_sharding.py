@@ -206,9 +206,7 @@ def test_a_machine_that_is_about_to_go_is_waited_for(checkpoint, tmp_path, alone
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in (2, 3, 4, 6)
     ]
-    assert (
-        next(asked) == 5
-    )  # once a step but the last
+    assert next(asked) == 5  # once a step but the last
     _, rest = shard_worker.train(checkpoint, tmp_path, resume_from=tmp_path / "checkpoint-3")
     assert_same_run(rest, rows[3:])
 
