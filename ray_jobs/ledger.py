@@ -195,7 +195,8 @@ def _run(
     # An error of ours has a message and an exit code; wrapped, neither would be seen.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     calls = numbers_for_calls(len(blocks), in_flight=pool.max_actors * in_flight(overlap))
-    dataset = ray.data.from_arrow(calls).map_batches(
+    # Not `from_arrow`: it asks a task for each table, 45 KB of the driver's memory for each.
+    dataset = ray.data.from_blocks(calls).map_batches(
         OverlappingWorker if overlap > 1 else Worker,
         fn_constructor_kwargs=worker,
         batch_size=1,  # one row is one call; Ray wants a number as soon as there are GPUs
